@@ -1,0 +1,1 @@
+"""Speed and memory measurements; each is a command that prints a table."""

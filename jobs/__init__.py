@@ -1,0 +1,1 @@
+"""Thin command lines: `python -m jobs.NAME --help`."""

@@ -1,0 +1,21 @@
+"""Answer the held-out questions with each finished stage's model and write metrics and an HTML report.
+
+ray job submit --working-dir . -- python -m jobs.evaluate --config configs/tiny.yaml
+"""
+
+from pathlib import Path
+
+from jobs.common import CONFIG, OVERRIDES, connect, run_job
+from minivlm.config import load_config
+from minivlm.workflow.steps import evaluate
+
+
+def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:
+    settings = load_config(config, overrides or [])
+    connect(settings)
+    evaluation = evaluate(settings)
+    print(f"{evaluation.table}\nreport: {evaluation.report}")
+
+
+if __name__ == "__main__":
+    run_job(main)

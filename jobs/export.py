@@ -1,0 +1,31 @@
+"""Copy a finished stage's model out as a stock LLaVA folder that transformers loads without our code.
+
+python -m jobs.export mpo /tmp/my-vlm --config configs/tiny.yaml
+"""
+
+import shutil
+from pathlib import Path
+
+import typer
+
+from jobs.common import CONFIG, OVERRIDES, run_job
+from minivlm.config import ConfigError, load_config
+from minivlm.config.base import StageName
+from minivlm.train.launch import finished_stage
+
+STAGE = typer.Argument(..., help="Stage whose model is copied.")
+TARGET = typer.Argument(..., help="New folder.")
+
+
+def main(
+    stage: StageName = STAGE, target: Path = TARGET, overrides: list[str] = OVERRIDES, config: Path = CONFIG
+) -> None:
+    settings = load_config(config, overrides or [])
+    if target.exists():
+        raise ConfigError(f"{target} exists. Type a folder that does not, or remove it.")
+    shutil.copytree(finished_stage(settings, stage).export_dir, target)
+    print(f"model: {target}")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,24 @@
+"""Validate the rows, train what is missing (tokenizer, CLIP), and fill the feature cache.
+
+ray job submit --working-dir . -- python -m jobs.prepare --config configs/tiny.yaml data.max_bad_fraction=0.02
+"""
+
+from pathlib import Path
+
+from jobs.common import CONFIG, DRY_RUN, OVERRIDES, connect, run_job
+from minivlm.config import load_config
+from minivlm.workflow.dry_run import describe
+from minivlm.workflow.steps import prepare
+
+
+def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG, dry_run: bool = DRY_RUN) -> None:
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        print(describe(settings))
+        return
+    connect(settings)
+    print(f"features: {prepare(settings)}")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,1 @@
+"""minivlm: train, align, evaluate and serve small vision-language models on Ray."""

@@ -1,0 +1,136 @@
+"""The whole tree, and the way from a YAML file and `key.path=value` overrides to it."""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from minivlm.config.base import ConfigError, Frozen
+from minivlm.config.data import DataConfig, MiniworldConfig, TokenizerConfig
+from minivlm.config.model import ClipConfig, ModelConfig
+from minivlm.config.run import ClusterConfig, EvaluationConfig, ServeConfig, TrackingConfig, TuneConfig
+from minivlm.config.train import PreferencesConfig, TrainConfig
+
+
+def _default_storage() -> Path:
+    return Path(os.environ.get("MINIVLM_HOME", "~/.minivlm"))
+
+
+class Config(Frozen):
+    """Everything that determines a run."""
+
+    seed: int = 0
+    storage_path: Path = Field(default_factory=_default_storage)
+    """Root of all that is written. Several nodes need a shared one. Default: $MINIVLM_HOME, else ~/.minivlm."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    data: DataConfig = DataConfig()
+    miniworld: MiniworldConfig = MiniworldConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    clip: ClipConfig = ClipConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tune: TuneConfig = TuneConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @property
+    def root(self) -> Path:
+        """storage_path, absolute."""
+        return self.storage_path.expanduser().resolve()
+
+    @property
+    def uses_miniworld(self) -> bool:
+        """True when no source is configured."""
+        return not (self.data.pretrain or self.data.sft or self.data.mpo)
+
+    @model_validator(mode="after")
+    def _spans(self) -> "Config":
+        if self.data.val_fraction + self.data.test_fraction >= 1:
+            raise ValueError(
+                "data.val_fraction + data.test_fraction leave no training rows: add data.val_fraction=0.05"
+            )
+        if not self.uses_miniworld and not (self.data.pretrain and self.data.sft):
+            raise ValueError(
+                "data.pretrain and data.sft are needed together: add the missing one, or remove all sources"
+            )
+        if self.train.mpo.dpo_weight + self.train.mpo.bco_weight + self.train.mpo.sft_weight == 0:
+            raise ValueError("all weights of train.mpo are 0, nothing would be learned: add train.mpo.dpo_weight=0.8")
+        if self.clip.image_size_px % self.clip.patch_size_px:
+            raise ValueError("clip.image_size_px must be a multiple of clip.patch_size_px: type clip.patch_size_px=16")
+        return self
+
+
+def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.path=value` overrides (values are YAML), and validate.
+
+    Raises:
+        ConfigError: unreadable file, malformed override, unknown key (with the nearest known one), bad value.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"No config file {path}. Type --config configs/tiny.yaml") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` settings, not a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"`{override}` is no override: type key.path=value, for example train.sft.epochs=2")
+    *parents, leaf = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise ConfigError(f"`{override}`: a part of `{key}` is a value, not a group of settings")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"`{override}`: the value is not YAML ({error.__class__.__name__})") from None
+    node[leaf] = _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{key or 'config'}: {item['msg'].removeprefix('Value error, ')} (got {str(item['input'])[:80]!r})"
+    parent: Any = Config
+    for part in item["loc"][:-1]:
+        parent = _group(parent, part)
+    known = list(parent.model_fields) if parent else []
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"Did you mean `{near[0]}`?" if near else f"Known here: {', '.join(known)}."
+    return f"Unknown setting `{key}`. {hint}"
+
+
+def _group(parent: Any, part: str | int) -> Any:
+    if parent is None or isinstance(part, int):
+        return parent
+    field = parent.model_fields.get(part)
+    candidates = [field.annotation, *get_args(field.annotation)] if field else []
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -1,0 +1,97 @@
+"""Settings of what surrounds training: evaluation, search, tracking, serving, the cluster."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from minivlm.config.base import Frozen
+
+
+class EvaluationConfig(Frozen):
+    """Held-out questions, answered greedily."""
+
+    max_new_tokens: PositiveInt = 96
+    batch_size: PositiveInt = 256
+    num_actors: PositiveInt = 1
+    """Generation actors, for evaluation and for preference sampling."""
+
+    cpus_per_actor: NonNegativeFloat = 1.0
+    gpus_per_actor: NonNegativeFloat = 0.0
+    threads_per_actor: PositiveInt = 2
+    """torch threads of one generation or encoder actor."""
+
+    max_questions_per_task: PositiveInt | None = None
+    report_samples_per_task: PositiveInt = 12
+    """Questions per task shown in the report with their picture."""
+
+
+class TuneConfig(Frozen):
+    """Search over projector kind and learning rate with ASHA."""
+
+    stage: Literal["pretrain", "sft"] = "pretrain"
+    num_trials: PositiveInt = 4
+    max_concurrent_trials: PositiveInt = 2
+    projectors: tuple[Literal["linear", "mlp2x_gelu"], ...] = ("linear", "mlp2x_gelu")
+    """Grid; crossed with the learning rates drawn."""
+
+    min_learning_rate: PositiveFloat = 3e-4
+    max_learning_rate: PositiveFloat = 3e-3
+    """Log-uniform bounds."""
+
+    max_steps: PositiveInt = 60
+    """Optimizer steps of a trial."""
+
+    num_reports: PositiveInt = 3
+    """Validation reports per trial; ASHA may stop it at each."""
+
+    num_workers: PositiveInt = 1
+    """Ray Train workers of one trial."""
+
+
+class TrackingConfig(Frozen):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server. Default: SQLite under storage_path."""
+
+    experiment: str = "minivlm"
+    model_name: str = "minivlm"
+    """Registered model; `@champion` serves, `@challenger` waits, `@previous` rolls back."""
+
+
+class ServeConfig(Frozen):
+    """The HTTP endpoint."""
+
+    host: str = "127.0.0.1"
+    """Anything but loopback needs an API key in $MINIVLM_API_KEY."""
+
+    port: int = Field(8000, ge=1, le=65535)
+    num_replicas: PositiveInt = 1
+    cpus_per_replica: NonNegativeFloat = 0.5
+    gpus_per_replica: NonNegativeFloat = 0.0
+    threads_per_replica: PositiveInt = 2
+    """torch threads of one replica."""
+
+    max_new_tokens: PositiveInt = 128
+    """Answer length when the request names none, in tokens."""
+
+    max_ongoing_requests: PositiveInt = 8
+    max_queued_requests: PositiveInt = 32
+    """More waiting requests are answered 429."""
+
+    request_timeout_s: PositiveFloat = 60.0
+
+
+class ClusterConfig(Frozen):
+    """The Ray cluster."""
+
+    address: str | None = None
+    """`auto` or host:port of a running cluster. Default: the one a Ray job runs in, else a local one is started."""
+
+    num_cpus: PositiveFloat | None = None
+    """Logical CPUs of a local cluster. Default: the machine's."""
+
+    object_store_bytes: PositiveInt = 512 * 1024 * 1024
+    """Shared memory of a local cluster."""
+
+    dashboard_port: int = Field(8265, ge=1, le=65535)

@@ -1,0 +1,1 @@
+"""From what a user brings to what the trainers read."""

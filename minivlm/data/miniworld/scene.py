@@ -1,0 +1,122 @@
+"""What a drawn scene holds, and how scenes are drawn at random.
+
+A scene is a 4 x 4 board of cells, named as on a chess board with a1 at the top left: columns a to d, rows 1 to 4.
+A cell holds nothing, one shape, or one printed character. Called by questions, changes, reasoning and write.
+"""
+
+import zlib
+from dataclasses import dataclass, replace
+from random import Random
+
+GRID = 4
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = ("small", "large")
+LETTERS = "ACEFHKLMPRTX"
+DIGITS = "0123456789"
+NUM_BACKGROUNDS = 6
+MAX_CODE_LENGTH = 4
+
+_SPLIT_BUCKETS = {"test": (0,), "val": (1,), "train": (2, 3, 4, 5, 6, 7)}
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """One shape in one cell. `cell` counts in reading order; `shift` moves it inside the cell, in 64ths of the side."""
+
+    cell: int
+    size: str
+    colour: str
+    shape: str
+    shift: tuple[int, int] = (0, 0)
+
+    @property
+    def column(self) -> int:
+        """0 (left) to 3."""
+        return self.cell % GRID
+
+    @property
+    def row(self) -> int:
+        """0 (top) to 3."""
+        return self.cell // GRID
+
+    @property
+    def place(self) -> str:
+        """Name of the cell: `a1` is top left, `d4` bottom right."""
+        return cell_name(self.cell)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Shapes in reading order, and at most one printed code that starts at `code_cell` and runs to the right."""
+
+    shapes: tuple[Shape, ...]
+    code: str = ""
+    code_cell: int = 0
+    background: int = 0
+
+    @property
+    def free_cells(self) -> list[int]:
+        """Cells that hold nothing, in reading order."""
+        taken = {s.cell for s in self.shapes} | set(range(self.code_cell, self.code_cell + len(self.code)))
+        return [cell for cell in range(GRID * GRID) if cell not in taken]
+
+    @property
+    def split(self) -> str:
+        """The split this scene belongs to, by a checksum of its content: two splits can never hold the same scene."""
+        parts = [f"{s.size} {s.colour} {s.shape} {s.cell}" for s in self.shapes] + [self.code, str(self.code_cell)]
+        bucket = zlib.crc32(";".join(parts).encode()) % 8
+        return next(name for name, buckets in _SPLIT_BUCKETS.items() if bucket in buckets)
+
+    def with_shapes(self, shapes: list[Shape]) -> "Scene":
+        """The same scene with other shapes, put in reading order."""
+        return replace(self, shapes=tuple(sorted(shapes)))
+
+
+def cell_name(cell: int) -> str:
+    """`a1` for cell 0 (top left), `b1` for cell 1, `d4` for cell 15."""
+    return f"{'abcd'[cell % GRID]}{cell // GRID + 1}"
+
+
+def draw_scene(random: Random, *, split: str, min_shapes: int, max_shapes: int, with_code: bool = False) -> Scene:
+    """A random scene of `split`.
+
+    The number of shapes is uniform. In half of the scenes the shapes tend to share one colour or one form, so that
+    counts above one are common.
+    """
+    while True:
+        scene = _draw_any(random, min_shapes, max_shapes, with_code)
+        if scene.split == split:
+            return scene
+
+
+def draw_shape(random: Random, cell: int) -> Shape:
+    """A random shape in `cell`."""
+    size = random.choice(SIZES)
+    shift = (random.randint(-1, 1), random.randint(-1, 1))
+    return Shape(cell, size, random.choice(COLOURS), random.choice(SHAPES), shift)
+
+
+def _draw_any(random: Random, min_shapes: int, max_shapes: int, with_code: bool) -> Scene:
+    code, code_cell = "", 0
+    if with_code:
+        code = _draw_code(random)
+        code_cell = GRID * random.randrange(GRID) + random.randint(0, GRID - len(code))
+    scene = Scene((), code, code_cell, random.randrange(NUM_BACKGROUNDS))
+    cells = random.sample(scene.free_cells, random.randint(min_shapes, max_shapes))
+    shapes = [draw_shape(random, cell) for cell in cells]
+    theme = random.random()
+    if theme < 0.25:
+        colour = random.choice(COLOURS)
+        shapes = [replace(s, colour=colour) if random.random() < 0.6 else s for s in shapes]
+    elif theme < 0.5:
+        form = random.choice(SHAPES)
+        shapes = [replace(s, shape=form) if random.random() < 0.6 else s for s in shapes]
+    return scene.with_shapes(shapes)
+
+
+def _draw_code(random: Random) -> str:
+    """Letters and digits by turns, so that a tokenizer that splits digits reads one character per token."""
+    length = random.randint(2, MAX_CODE_LENGTH)
+    start = random.randrange(2)
+    return "".join(random.choice(LETTERS if (start + i) % 2 else DIGITS) for i in range(length))

@@ -1,0 +1,261 @@
+"""The data steps on the cluster: validate rows, train the tokenizer, fill the feature cache, tokenize, feed trainers.
+
+Every step is idempotent: its result lies under a name that hashes all that determines it. Jobs call these functions
+in the driver; rows and pictures are worked on in Ray Data tasks and actors.
+"""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+
+from minivlm import layout
+from minivlm.config import Config
+from minivlm.data.batches import BatchRow, make_batches, open_table
+from minivlm.data.chat import encode_chat
+from minivlm.data.encode import Encoders, Tower, encode_images
+from minivlm.data.errors import DataError
+from minivlm.data.features import FeatureCache
+from minivlm.data.lengths import encode_rows
+from minivlm.data.miniworld.write import build_miniworld
+from minivlm.data.plan import PlannedStep
+from minivlm.data.samples import SampleWriter, load_pictures, load_rows, load_samples
+from minivlm.data.settings import image_limits, num_image_tokens, sources, tokens_dir
+from minivlm.data.sources import read_rows
+from minivlm.data.tokenizer import load_tokenizer, train_tokenizer
+from minivlm.data.tokens import TokenTable
+from minivlm.data.validate import Rules, Source, check_chunk
+from minivlm.log import Progress, get_logger
+from minivlm.schema import BadRow
+from minivlm.storage import new_directory, write_bytes, write_json
+
+ROWS_PER_TASK = 500
+MICRO_BATCHES_PER_BLOCK = 16
+"""A block costs Ray's scheduler tens of milliseconds, as much as a small training step: so it holds several rows."""
+
+UNSPLIT_BYTES = 2**40
+"""Block size that Ray Data never reaches: split blocks would go to the wrong ranks."""
+
+RANKS_PER_BATCH_TASK = 2
+"""Training workers that one such task at a time supplies."""
+
+CPUS_PER_BATCH_TASK = 0.25
+"""Logical CPUs of such a task: it copies memory and waits for the trainers most of the time."""
+
+_log = get_logger(__name__)
+
+
+def prepare_samples(config: Config) -> Path:
+    """Validate every row of every source; draw the miniworld first where no source is configured.
+
+    Returns:
+        Folder with samples.parquet, pairs.parquet, quarantine.jsonl {file, row, reason} and summary.json.
+
+    Raises:
+        DataError: a file cannot be read as a whole, a stage has no training rows, or more rows are bad than
+            data.max_bad_fraction allows (the quarantine is then kept beside, under `.rejected`).
+    """
+    folder = layout.samples_dir(config)
+    if (folder / "summary.json").exists():
+        return folder
+    if config.uses_miniworld and not layout.miniworld_dir(config).is_dir():
+        with new_directory(layout.miniworld_dir(config)) as drawn:
+            build_miniworld(drawn, seed=config.seed, **config.miniworld.model_dump())
+    rules = Rules(image_limits(config), config.data.val_fraction, config.data.test_fraction)
+    with new_directory(folder) as temporary:
+        summary, first_bad = _validate(sources(config), rules, temporary)
+        _check_summary(config, summary, first_bad, temporary / "quarantine.jsonl")
+        write_json(temporary / "summary.json", summary)
+    bad = f", {summary['bad']} bad rows in {folder / 'quarantine.jsonl'}" if summary["bad"] else ""
+    _log.info("%d rows validated%s", summary["rows"], bad)
+    return folder
+
+
+def prepare_tokenizer(config: Config) -> str:
+    """Folder or hub id of the tokenizer; trained on the training conversations if none is configured."""
+    path = layout.tokenizer_path(config)
+    if config.tokenizer.path or Path(path).is_dir():
+        return path
+    samples = load_samples(prepare_samples(config), split="train")
+    with new_directory(Path(path)) as temporary:
+        texts = (message.content for sample in samples for message in sample.messages)
+        train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
+    return path
+
+
+def prepare_features(config: Config, tower_path: str) -> FeatureCache:
+    """Encode every picture of the prepared rows that the tower has not seen yet, and print the count."""
+    tower = Tower(tower_path, config.clip.encode_precision, config.clip.encode_batch_size)
+    loaded = tower.load("cpu")
+    shape = (loaded.num_image_tokens, loaded.hidden_size)
+    cache = FeatureCache(layout.features_root(config), loaded.fingerprint, shape)
+    pictures = load_pictures(prepare_samples(config))
+    clip = config.clip
+    encoders = Encoders(
+        clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, config.evaluation.threads_per_actor
+    )
+    encoded = encode_images(pictures, cache, tower, encoders, image_limits(config))
+    stat = cache.stat()
+    _log.info(
+        "features: %d pictures asked for, %d encoded now; %d distinct / %d encoded ever = %.3f",
+        len(pictures),
+        encoded,
+        stat.distinct,
+        stat.encoded,
+        stat.distinct / max(stat.encoded, 1),
+    )
+    return cache
+
+
+def build_tokens(config: Config, stage: str, split: str) -> Path:
+    """Token table of one stage and split. Rows longer than model.max_length_tokens go to STAGE-SPLIT.quarantine.jsonl.
+
+    Raises:
+        DataError: more rows are too long than data.max_bad_fraction allows.
+    """
+    folder = tokens_dir(config) / f"{stage}-{split}"
+    if not (folder / "meta.json").exists():
+        tokenizer = load_tokenizer(prepare_tokenizer(config))
+        encoded = encode_rows(
+            load_rows(prepare_samples(config), stage=stage, split=split),
+            partial(encode_chat, tokenizer, num_image_tokens=num_image_tokens(config)),
+            max_length=config.model.max_length_tokens,
+            max_bad_fraction=config.data.max_bad_fraction,
+            quarantine=folder.with_name(f"{folder.name}.quarantine.jsonl"),
+        )
+        TokenTable.write(folder, encoded)
+    return folder
+
+
+def micro_batch_dataset(
+    table_dir: Path,
+    features_dir: Path,
+    steps: Sequence[PlannedStep],
+    *,
+    world_size: int,
+    image_token_id: int,
+    pad_token_id: int,
+    first_step: int = 0,
+) -> Dataset:
+    """The plan as a Ray dataset: one row = one micro-batch; one block = the next rows of one rank, from one task.
+
+    The steps of a block give every rank equally many rows, so `streaming_split(world_size, equal=True)` under
+    preserve_order (the next block goes to the rank with the fewest rows) hands block j to rank j % world_size. Where
+    Ray Train does the split, its DataConfig needs `ExecutionOptions(preserve_order=True)`: it replaces ours.
+
+    Args:
+        steps: what is left of the plan; `first_step` is the number of the first of them.
+
+    Returns:
+        Columns: step; is_last (last micro-batch of its step on its rank); num_tokens (supervised) and num_units, both
+        of the whole step over all ranks; payload (`unpack_batch` gives the batch).
+    """
+    num_labels = open_table(str(table_dir)).num_labels
+    ranks: list[list[BatchRow]] = [[] for _ in range(world_size)]
+    blocks: list[list[BatchRow]] = []
+    for step, planned in enumerate(steps, start=first_step):
+        count = len(planned.micro_batches)
+        tokens = sum(int(num_labels[entry]) for rows in planned.micro_batches for row in rows for entry in row)
+        for index, micro_batch in enumerate(planned.micro_batches):
+            is_last = index >= count - world_size
+            ranks[index % world_size].append(BatchRow(step, is_last, tokens, len(planned.units), micro_batch))
+        if len(ranks[0]) >= MICRO_BATCHES_PER_BLOCK or planned is steps[-1]:
+            blocks += ranks
+            ranks = [[] for _ in range(world_size)]
+    make = partial(make_batches, str(table_dir), str(features_dir), image_token_id, pad_token_id)
+    dataset = _map_tasks(make, blocks, CPUS_PER_BATCH_TASK, -(-world_size // RANKS_PER_BATCH_TASK))
+    dataset.context.target_max_block_size = UNSPLIT_BYTES
+    return dataset
+
+
+def count_rows(config: Config) -> dict[str, int]:
+    """Training rows per stage without a cluster: validated ones, else what the files hold, else what will be drawn."""
+    summary = layout.samples_dir(config) / "summary.json"
+    if summary.exists():
+        counts = json.loads(summary.read_text())["counts"]
+        return {key.removesuffix("/train"): count for key, count in counts.items() if key.endswith("/train")}
+    if config.uses_miniworld:
+        world = config.miniworld
+        sft = world.train_scenes + 2 * world.change_scenes + world.reasoning_scenes
+        return {"pretrain": world.train_scenes, "sft": sft, "prompts": world.prompt_scenes}
+    rows: Counter[str] = Counter()
+    for source in sources(config):
+        rows[source.stage] += sum(1 for _ in read_rows(Path(source.path)))
+    return dict(rows)
+
+
+def load_token_counts(config: Config) -> dict[str, int]:
+    """Training tokens per stage, where the tables exist; needs no cluster."""
+    if config.clip.path and not Path(config.clip.path).is_dir():
+        return {}
+    paths = {stage: tokens_dir(config) / f"{stage}-train" for stage in ("pretrain", "sft")}
+    return {stage: int(open_table(str(path)).lengths.sum()) for stage, path in paths.items() if path.is_dir()}
+
+
+def _map_tasks(
+    function: Callable[[pa.Table], pa.Table | Iterator[pa.Table]],
+    payloads: list[Any],
+    num_cpus: float,
+    concurrency: int | None,
+) -> Dataset:
+    """One Ray task per payload, results in their order. The changed settings stay with this dataset."""
+    blocks = [pa.table({"payload": pa.array([pickle.dumps(payload)], pa.binary())}) for payload in payloads]
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        function,
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=num_cpus,
+        compute=ray.data.TaskPoolStrategy(size=concurrency),
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    return dataset
+
+
+def _validate(given: list[Source], rules: Rules, folder: Path) -> tuple[dict[str, Any], BadRow | None]:
+    tasks: list[tuple[list[tuple[int, Any]], Source, Rules]] = []
+    for source in given:
+        rows = read_rows(Path(source.path))
+        while chunk := list(islice(rows, ROWS_PER_TASK)):
+            tasks.append((chunk, source, rules))
+    counts: Counter[str] = Counter()
+    total, bad, first_bad = 0, 0, None
+    with SampleWriter(folder) as writer, Progress(len(tasks), "validate rows") as progress:
+        for row in _map_tasks(check_chunk, tasks, num_cpus=1, concurrency=None).iter_rows() if tasks else ():
+            checked = json.loads(row["checked"])
+            bad_rows = [BadRow(**item) for item in checked["bad"]]
+            writer.add(checked["samples"], checked["pairs"], bad_rows)
+            counts.update(f"{sample['stage']}/{sample['split']}" for sample in checked["samples"])
+            counts["mpo/train"] += len(checked["pairs"])
+            total += sum(len(part) for part in checked.values())
+            bad += len(bad_rows)
+            first_bad = first_bad or next(iter(bad_rows), None)
+            progress.update()
+    return {"rows": total, "bad": bad, "counts": {key: counts[key] for key in sorted(counts) if counts[key]}}, first_bad
+
+
+def _check_summary(config: Config, summary: dict[str, Any], first_bad: BadRow | None, quarantine: Path) -> None:
+    rows, bad, limit = summary["rows"], summary["bad"], config.data.max_bad_fraction
+    if first_bad and bad > limit * rows:
+        folder = layout.samples_dir(config)
+        kept = folder.with_name(f"{folder.name}.rejected") / quarantine.name
+        write_bytes(kept, quarantine.read_bytes())
+        raise DataError(
+            f"{bad} of {rows} rows are bad, more than data.max_bad_fraction={limit:g} allows. First: {first_bad.file}, "
+            f"row {first_bad.row}: {first_bad.reason}. All of them: {kept}. Correct the files, or accept the loss by "
+            f"data.max_bad_fraction={bad / rows + 0.005:.2f}"
+        )
+    for stage in {source.stage for source in sources(config)} - {"prompts"}:
+        if not summary["counts"].get(f"{stage}/train"):
+            raise DataError(
+                f"data.{stage} has no training row: {bad} of {rows} rows are bad, the others belong to val or test. "
+                f"Type `split: train` for a source of data.{stage}"
+            )

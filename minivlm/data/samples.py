@@ -1,0 +1,136 @@
+"""Validated rows on disk: samples.parquet, pairs.parquet, quarantine.jsonl, summary.json (plain files, no cluster)."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from minivlm.data.errors import DataError
+from minivlm.schema import BadRow, Message, PreferencePair, Sample
+
+_TEXTS = pa.list_(pa.string())
+_TURNS = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+SAMPLE_SCHEMA = pa.schema(
+    [("sample_id", pa.string()), ("images", _TEXTS), ("image_sha256", _TEXTS), ("messages", _TURNS)]
+    + [(name, pa.string()) for name in ("stage", "split", "task", "language", "answer", "file")]
+    + [("row", pa.int64())]
+)
+PAIR_SCHEMA = pa.schema(
+    [("pair_id", pa.string()), ("images", _TEXTS), ("image_sha256", _TEXTS)]
+    + [(name, pa.string()) for name in ("question", "chosen", "rejected", "answer", "kind")]
+    + [("ref_chosen_logps", pa.float64()), ("ref_rejected_logps", pa.float64()), ("reference", pa.string())]
+    + [("file", pa.string()), ("row", pa.int64())]
+)
+
+
+LoadedSample = tuple[Sample, str, int]
+
+
+class SampleWriter:
+    """Streams validated rows into a folder.
+
+    with SampleWriter(folder) as writer:
+        writer.add(samples=[...], pairs=[...], bad=[...])
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._samples = pq.ParquetWriter(folder / "samples.parquet", SAMPLE_SCHEMA)
+        self._pairs = pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA)
+        self._quarantine = (folder / "quarantine.jsonl").open("w", encoding="utf-8")
+
+    def __enter__(self) -> "SampleWriter":
+        return self
+
+    def add(
+        self,
+        samples: Sequence[Mapping[str, Any]] = (),
+        pairs: Sequence[Mapping[str, Any]] = (),
+        bad: Iterable[BadRow] = (),
+    ) -> None:
+        """Append rows: dicts of the schemas' columns."""
+        if samples:
+            self._samples.write_table(pa.Table.from_pylist(list(samples), SAMPLE_SCHEMA))
+        if pairs:
+            self._pairs.write_table(pa.Table.from_pylist(list(pairs), PAIR_SCHEMA))
+        for row in bad:
+            self._quarantine.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._samples.close()
+        self._pairs.close()
+        self._quarantine.close()
+
+
+def sample_columns(sample: Sample, file: str, row: int) -> dict[str, Any]:
+    """One row of samples.parquet."""
+    turns = [vars(message) for message in sample.messages]
+    return {**vars(sample), "messages": turns, "file": file, "row": row}
+
+
+def pair_columns(pair: PreferencePair, file: str, row: int) -> dict[str, Any]:
+    """One row of pairs.parquet."""
+    return {**vars(pair), "file": file, "row": row}
+
+
+def load_samples(
+    folder: Path, *, stage: str | None = None, split: str | None = None, task: str | None = None
+) -> list[Sample]:
+    """Samples of a prepared folder, in file order; None = all.
+
+    Raises:
+        DataError: nothing was prepared there.
+    """
+    return [sample for sample, _, _ in load_rows(folder, stage=stage, split=split, task=task)]
+
+
+def load_rows(
+    folder: Path, *, stage: str | None = None, split: str | None = None, task: str | None = None
+) -> list[LoadedSample]:
+    """As `load_samples`, with the file and row that each came from."""
+    wanted = {"stage": stage, "split": split, "task": task}
+    filters = [(key, "==", value) for key, value in wanted.items() if value is not None]
+    return [_to_sample(row) for row in _read(folder / "samples.parquet", filters).to_pylist()]
+
+
+def load_pairs(folder: Path) -> list[PreferencePair]:
+    """Pairs that the user brought (`data.mpo`), in file order.
+
+    Raises:
+        DataError: nothing was prepared there.
+    """
+    rows = _read(folder / "pairs.parquet", []).drop_columns(["file", "row"]).to_pylist()
+    return [
+        PreferencePair(**{**row, "images": tuple(row["images"]), "image_sha256": tuple(row["image_sha256"])})
+        for row in rows
+    ]
+
+
+def load_pictures(folder: Path) -> dict[str, str]:
+    """Path of every distinct picture, by digest."""
+    pictures: dict[str, str] = {}
+    for name in ("samples.parquet", "pairs.parquet"):
+        table = _read(folder / name, [], ["image_sha256", "images"])
+        digests = table["image_sha256"].combine_chunks().flatten().to_pylist()
+        paths = table["images"].combine_chunks().flatten().to_pylist()
+        for digest, path in zip(digests, paths, strict=True):
+            pictures.setdefault(digest, path)
+    return pictures
+
+
+def _to_sample(row: dict[str, Any]) -> LoadedSample:
+    file, number = row.pop("file"), row.pop("row")
+    row["images"] = tuple(row["images"])
+    row["image_sha256"] = tuple(row["image_sha256"])
+    row["messages"] = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
+    return Sample(**row), file, number
+
+
+def _read(path: Path, filters: list[tuple[str, str, str]], columns: list[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(path, filters=filters or None, columns=columns)
+    except FileNotFoundError:
+        raise DataError(f"No prepared rows under {path.parent}. Run: python -m jobs.prepare") from None

@@ -1,0 +1,1 @@
+"""Held-out questions: tasks, the evaluation job, the report."""

@@ -1,0 +1,133 @@
+"""One self-contained HTML page about the checkpoints of a run: figures, curves, and answers beside their pictures.
+
+`write_report(config, stages, path)` after `evaluate`. Pictures are data URIs, styles and the filter are inline, so the
+file opens anywhere without a network. Whatever models or data wrote is escaped by the template engine, and a content
+policy in the page forbids every outside address.
+"""
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from minivlm.config import Config, ConfigError, StageName
+from minivlm.data.images import BadImage, ImageLimits, open_image
+from minivlm.data.settings import image_limits
+from minivlm.evaluation.curves import HEIGHT, WIDTH, stage_charts
+from minivlm.evaluation.results import read_results, read_rows
+from minivlm.evaluation.tasks import CAPTION
+from minivlm.layout import run_dir
+from minivlm.storage import write_bytes
+
+_THUMBNAIL_PX = 224
+_FAILURE_SHARE = 2 / 3
+"""Most of the shown samples of a task that are failures, where there are right ones to show as well."""
+
+
+def write_report(config: Config, stages: Sequence[StageName], path: Path) -> Path:
+    """Write the page.
+
+    Args:
+        stages: evaluated stages, in the order of training; the last one decides which samples are failures.
+        path: the HTML file.
+
+    Raises:
+        FileNotFoundError: a stage was not evaluated.
+        ConfigError: no stage, or the stages answered different questions.
+    """
+    if not stages:
+        raise ConfigError("A report needs at least one evaluated stage. Run: python -m jobs.evaluate")
+    results = [read_results(config, stage) for stage in stages]
+    if len({result["questions"] for result in results}) > 1:
+        raise ConfigError(
+            f"{', '.join(stages)} were evaluated on different questions and cannot stand side by side. "
+            "Delete their folders under evaluations/ and run: python -m jobs.evaluate"
+        )
+    rows = [read_rows(config, stage) for stage in stages]
+    limits = image_limits(config)
+    chosen = choose_samples(rows[-1], config.evaluation.report_samples_per_task)
+    template = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    ).get_template("report.html.jinja")
+    page = template.render(
+        stages=list(stages),
+        results=results,
+        tasks=_task_rows(results),
+        languages=sorted({language for result in results for language in result["languages"]}),
+        charts=[chart for stage in stages for chart in stage_charts(stage, run_dir(config, stage) / "metrics.jsonl")],
+        chart_size=(WIDTH, HEIGHT),
+        samples=[_sample(index, rows, limits) for index in chosen],
+        num_questions=results[-1]["num_questions"],
+    )
+    write_bytes(path, page.encode())
+    return path
+
+
+def choose_samples(rows: Sequence[dict[str, Any]], per_task: int) -> list[int]:
+    """Positions of the rows to show: for each task failures first (worst first), then right ones, evenly spread."""
+    by_task: defaultdict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_task[row["task"]].append(index)
+    failures: list[int] = []
+    successes: list[int] = []
+    for task in sorted(by_task):
+        wrong = [i for i in by_task[task] if rows[i]["score"] < 1]
+        right = [i for i in by_task[task] if rows[i]["score"] >= 1]
+        most = max(int(per_task * _FAILURE_SHARE), per_task - len(right))
+        failures += _evenly(wrong, min(most, per_task))
+        successes += _evenly(right, per_task - min(len(wrong), most))
+    return sorted(failures, key=lambda i: rows[i]["score"]) + successes
+
+
+def thumbnail_uri(path: str, limits: ImageLimits) -> str | None:
+    """The picture as a data URI, at most 224 px wide or high; None if it is gone or cannot be read."""
+    try:
+        picture = open_image(Path(path).read_bytes(), limits)
+    except (OSError, BadImage):
+        return None
+    is_small = max(picture.size) <= _THUMBNAIL_PX
+    picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    kind = "png" if is_small else "jpeg"
+    picture.save(buffer, kind, quality=82)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _task_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per task, captions last: name, what is measured, and each stage's figures (None if not asked)."""
+    names = sorted({task for result in results for task in result["tasks"]})
+    tasks = []
+    for name in names:
+        figures = [result["tasks"].get(name) for result in results]
+        tasks.append({"name": name, "measure": "accuracy", "figures": figures})
+    if any(result["caption"] for result in results):
+        figures = [result["caption"] for result in results]
+        tasks.append({"name": CAPTION, "measure": "token_accuracy", "figures": figures})
+    return tasks
+
+
+def _sample(index: int, rows: Sequence[Sequence[dict[str, Any]]], limits: ImageLimits) -> dict[str, Any]:
+    last = rows[-1][index]
+    return {
+        "task": last["task"],
+        "language": last["language"],
+        "question": last["question"].replace("<image>", "").strip(),
+        "truth": last["truth"],
+        "pictures": [thumbnail_uri(path, limits) for path in last["images"]],
+        "answers": [
+            {"text": row["answer"], "score": row["score"], "shuffled": row["shuffled_answer"], "cut": row["cut"]}
+            for row in (stage_rows[index] for stage_rows in rows)
+        ],
+        "failed": last["score"] < 1,
+    }
+
+
+def _evenly(items: Sequence[int], count: int) -> list[int]:
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]

@@ -1,0 +1,1 @@
+"""Generation and log-probability actors over Ray Data."""

@@ -1,0 +1,111 @@
+"""Where everything lies under storage_path. Pure: a path's name carries the hash of all that determines its content.
+
+    datasets/miniworld-H      drawn pictures and LLaVA JSON        samples-H    validated rows, quarantine
+    tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
+    runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
+    evaluations/STAGE-H       answers, metrics, report             mlflow/      tracking database and artifacts
+
+So a job finds its input without being told, the same command twice is one piece of work, and an override that
+matters (in a Tune trial, say) gets a place of its own.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from minivlm.config import Config, StageName
+from minivlm.storage import content_hash
+
+
+def miniworld_dir(config: Config) -> Path:
+    """Drawn data set."""
+    return config.root / "datasets" / f"miniworld-{content_hash([config.seed, _values(config.miniworld)])}"
+
+
+def samples_dir(config: Config) -> Path:
+    """Validated rows of every stage and split."""
+    return config.root / "datasets" / f"samples-{content_hash(_data_key(config))}"
+
+
+def tokenizer_dir(config: Config) -> Path:
+    """Trained tokenizer (unused where tokenizer.path is set)."""
+    return config.root / "tokenizers" / content_hash([_data_key(config), _values(config.tokenizer)])
+
+
+def clip_dir(config: Config) -> Path:
+    """Trained CLIP (unused where clip.path is set)."""
+    return config.root / "clip" / content_hash(_clip_key(config))
+
+
+def tokenizer_path(config: Config) -> str:
+    """The tokenizer to load: the configured folder or hub id, else the trained one."""
+    return config.tokenizer.path or str(tokenizer_dir(config))
+
+
+def tower_path(config: Config) -> str:
+    """The CLIP to load: the configured folder or hub id, else the trained one."""
+    return config.clip.path or str(clip_dir(config))
+
+
+def features_root(config: Config) -> Path:
+    """Parent of the feature caches; each has the tower's fingerprint as its name."""
+    return config.root / "features"
+
+
+def run_dir(config: Config, stage: StageName) -> Path:
+    """Checkpoints, metrics and result of one training stage."""
+    return config.root / "runs" / f"{stage}-{content_hash(_run_key(config, stage))}"
+
+
+def pairs_dir(config: Config) -> Path:
+    """Preference pairs built or read for the MPO stage."""
+    return config.root / "pairs" / content_hash(_pairs_key(config))
+
+
+def evaluation_dir(config: Config, stage: StageName) -> Path:
+    """Answers and metrics of one stage's checkpoint on the test split."""
+    key = [_run_key(config, stage), _values(config.evaluation)]
+    return config.root / "evaluations" / f"{stage}-{content_hash(key)}"
+
+
+def mlflow_dir(config: Config) -> Path:
+    """Default tracking database and artifacts."""
+    return config.root / "mlflow"
+
+
+def _values(section: Any) -> Any:
+    return section.model_dump(mode="json")
+
+
+def _file_key(path: Path) -> list[Any]:
+    """Size and time stand for the content of a user's file; a missing file is reported by its reader."""
+    path = path.expanduser().resolve()
+    status = path.stat() if path.exists() else None
+    return [str(path), status.st_size if status else 0, status.st_mtime_ns if status else 0]
+
+
+def _data_key(config: Config) -> list[Any]:
+    data = config.data
+    files = [_file_key(s.path) for group in (data.pretrain, data.sft, data.prompts, data.mpo) for s in group]
+    return [config.seed, _values(data), _values(config.miniworld) if config.uses_miniworld else None, files]
+
+
+def _clip_key(config: Config) -> list[Any]:
+    clip = config.clip
+    placement = {"encode_batch_size", "encode_precision", "num_encoders", "cpus_per_encoder", "gpus_per_encoder"}
+    return [_data_key(config), clip.model_dump(mode="json", exclude=placement), _values(config.tokenizer)]
+
+
+def _run_key(config: Config, stage: StageName) -> list[Any]:
+    train = config.train
+    numerics = [config.seed, train.num_workers, train.zero_stage, train.precision, train.pack_length_tokens]
+    own = [stage, numerics, _values(getattr(train, stage))]
+    if stage == "pretrain":
+        encoder = [config.clip.encode_batch_size, config.clip.encode_precision]
+        return [own, _clip_key(config), encoder, _values(config.model)]
+    if stage == "sft":
+        return [own, _run_key(config, "pretrain")]
+    return [own, _pairs_key(config)]
+
+
+def _pairs_key(config: Config) -> list[Any]:
+    return [_run_key(config, "sft"), _values(config.preferences)]

@@ -1,0 +1,129 @@
+"""The frozen vision tower: pictures to patch features. Called by the encoder actors and by serving.
+
+Features are a pure function of the picture, because every forward has the same batch shape: results of a matrix product
+can change with its shape, and cached features must equal those computed later for a single picture.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PREPROCESS_KEYS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+)
+
+
+class VisionTower:
+    """A stock CLIP vision model with its image processor, in evaluation mode and without gradients."""
+
+    def __init__(
+        self,
+        model: CLIPVisionModel,
+        image_processor: CLIPImageProcessorPil,
+        *,
+        precision: str = "float32",
+        batch_size: int,
+        device: str = "cpu",
+    ) -> None:
+        """Take the float32 `model` over. `batch_size` is the fixed shape of every forward.
+
+        Raises:
+            ValueError: unknown precision, or a processor that crops to another size than the model's input.
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"clip.encode_precision is `{precision}`: type float32 or bfloat16")
+        side = model.config.image_size
+        crop = (image_processor.crop_size["height"], image_processor.crop_size["width"])
+        if crop != (side, side):
+            raise ValueError(f"the image processor crops to {crop} px, but the vision tower reads {side} x {side} px")
+        self.image_processor = image_processor
+        self.batch_size = batch_size
+        self.precision = precision
+        self.device = torch.device(device)
+        self.fingerprint = _fingerprint(model, image_processor, batch_size, precision)
+        self.model = model.to(device=self.device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
+        self.hidden_size: int = model.config.hidden_size
+        self.num_image_tokens: int = (side // model.config.patch_size) ** 2 + 1
+
+    @classmethod
+    def load(cls, path: str, *, precision: str = "float32", batch_size: int, device: str = "cpu") -> Self:
+        """Read a CLIPModel or CLIPVisionModel folder, or a hub id.
+
+        Raises:
+            ValueError: no such tower, no preprocessor_config.json beside it, or weights that are not all there.
+        """
+        model, image_processor = load_clip_vision(path)
+        return cls(model, image_processor, precision=precision, batch_size=batch_size, device=device)
+
+    def preprocess(self, images: Sequence[Image]) -> Tensor:
+        """RGB pictures of any size -> pixel_values [N, 3, H, W] float32, resized, centre-cropped and normalised."""
+        if not images:
+            side = self.model.config.image_size
+            return torch.zeros(0, 3, side, side)
+        pixel_values: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixel_values
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] float32 -> image_features [N, P, D_vision] bfloat16 on the CPU, class token first."""
+        return self.encode_exact(pixel_values).bfloat16()
+
+    @torch.no_grad()
+    def encode_exact(self, pixel_values: Tensor) -> Tensor:
+        """As `encode`, in float32 and not rounded to the stored type: what a stock LLaVA model computes."""
+        features = torch.empty(len(pixel_values), self.num_image_tokens, self.hidden_size)
+        for start in range(0, len(pixel_values), self.batch_size):
+            chunk = pixel_values[start : start + self.batch_size]
+            padded = chunk.new_zeros(self.batch_size, *chunk.shape[1:])
+            padded[: len(chunk)] = chunk
+            hidden_states = self.model(padded.to(self.device, PRECISIONS[self.precision])).last_hidden_state
+            features[start : start + len(chunk)] = hidden_states[: len(chunk)].float().cpu()
+        return features
+
+
+def load_clip_vision(path: str) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
+    """The float32 vision half of a CLIP folder or hub id, and its image processor; errors as `VisionTower.load`."""
+    try:
+        model, report = CLIPVisionModel.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        image_processor = CLIPImageProcessorPil.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No CLIP vision tower under `{path}` ({str(error).splitlines()[0]}). Type clip.path=FOLDER with "
+            "config.json, model.safetensors and preprocessor_config.json, or leave it out to train one"
+        ) from error
+    if report["missing_keys"] or report["mismatched_keys"]:
+        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+        raise ValueError(f"The vision tower under `{path}` lacks {len(absent)} weights, for example {absent[0]}")
+    return model, image_processor
+
+
+def _fingerprint(
+    model: CLIPVisionModel, image_processor: CLIPImageProcessorPil, batch_size: int, precision: str
+) -> str:
+    """16 hex digits of all that determines a feature."""
+    settings = image_processor.to_dict()
+    digest = hashlib.sha256(json.dumps([batch_size, precision]).encode())
+    digest.update(json.dumps({key: settings[key] for key in PREPROCESS_KEYS}, sort_keys=True, default=dict).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.float().contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,154 @@
+"""The vision-language model in training: cached picture features -> projector -> language model -> log-probabilities.
+
+`MiniVLM.forward` serves every stage. Rows hold several samples (segments) that never see each other, and logits are
+computed at supervised positions only: elsewhere they would be the largest tensor and nobody would read them.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+IGNORE = -100
+
+
+class TokenLogps(NamedTuple):
+    """What a forward returns about the M supervised tokens of a micro-batch, in reading order."""
+
+    logps: Tensor
+    """[M] float32, log-probability of each supervised token, in nats."""
+
+    segments: Tensor
+    """[M] int64, segment id of each."""
+
+    aux_loss: Tensor
+    """Scalar float32: load-balancing loss of a mixture of experts, already times its coefficient; else 0."""
+
+
+class MiniVLM(nn.Module):
+    """Projector and language model. The vision tower is frozen, runs elsewhere, and is not part of it."""
+
+    def __init__(self, projector: nn.Module, language_model: PreTrainedModel, image_token_id: int) -> None:
+        super().__init__()
+        self.projector = projector
+        self.language_model = language_model
+        self.image_token_id = image_token_id
+        text_config = language_model.config.get_text_config().to_dict()
+        self.router_loss_coef = float(text_config.get("router_aux_loss_coef", 0.0))
+        self.num_experts_per_token = int(text_config.get("num_experts_per_tok") or 0)
+
+    def forward(self, batch: dict[str, Tensor]) -> TokenLogps:
+        """Log-probabilities of the supervised tokens of one micro-batch.
+
+        A micro-batch without pictures or labels still runs every module and gives a result that is connected to
+        every parameter, because with ZeRO all ranks must take the same path.
+
+        Args:
+            batch: input_ids, labels, position_ids, segment_ids [B, T] int64, image_features [N, P, D_vision],
+                image_index [K] int64. labels are aligned with input_ids, -100 = ignore, shifted here.
+
+        Raises:
+            ValueError: placeholders unlike the pictures.
+        """
+        inputs_embeds = self.embed(batch["input_ids"], batch["image_features"], batch["image_index"])
+        segment_ids = batch["segment_ids"]
+        router = {"output_router_logits": True} if self.num_experts_per_token else {}
+        outputs = self.language_model.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=document_mask(segment_ids, inputs_embeds.dtype),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            **router,
+        )
+        targets = batch["labels"][:, 1:]
+        is_supervised = targets != IGNORE
+        hidden_states = outputs.last_hidden_state[:, :-1][is_supervised]
+        logits = self.language_model.get_output_embeddings()(hidden_states).float()
+        logps = -functional.cross_entropy(logits, targets[is_supervised], reduction="none")
+        aux_loss = logits.new_zeros(())
+        if self.num_experts_per_token:
+            balance = load_balancing_loss(outputs.router_logits, segment_ids != 0, self.num_experts_per_token)
+            aux_loss = self.router_loss_coef * balance
+        return TokenLogps(logps, segment_ids[:, 1:][is_supervised], aux_loss)
+
+    def embed(self, input_ids: Tensor, image_features: Tensor, image_index: Tensor) -> Tensor:
+        """Token embeddings with the projected pictures in the places of their placeholders.
+
+        Args:
+            input_ids: [B, T]; a picture is P consecutive image tokens.
+            image_features: [N, P, D_vision], any float type; cast to the projector's. N may be 0.
+            image_index: [K] int64, row of image_features for the k-th picture in reading order.
+
+        Returns:
+            [B, T, D_text] in the language model's type.
+
+        Raises:
+            ValueError: the number of image tokens is not K * P.
+        """
+        inputs_embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
+        weight_type = next(self.projector.parameters()).dtype
+        image_embeds = self.projector(image_features.to(weight_type)).index_select(0, image_index)
+        is_placeholder = input_ids == self.image_token_id
+        num_placeholders, num_pictures = int(is_placeholder.sum()), image_index.numel()
+        if num_placeholders != num_pictures * image_features.shape[1]:
+            raise ValueError(
+                f"{num_placeholders} image tokens for {num_pictures} pictures of {image_features.shape[1]} tokens: "
+                "every picture needs one `<image>` in the text, and the tokens must be expanded for the same tower"
+            )
+        return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
+
+
+def document_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask [B, 1, T, T]: 0 where a token may look, -inf elsewhere.
+
+    A token looks at itself and at earlier tokens of its own segment. Padding is segment 0 and looks at padding, so no
+    row of the softmax is empty.
+    """
+    length = segment_ids.shape[1]
+    is_same = segment_ids.unsqueeze(1) == segment_ids.unsqueeze(2)
+    is_past = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    mask = torch.zeros(is_same.shape, dtype=dtype, device=segment_ids.device)
+    return mask.masked_fill_(~(is_same & is_past), float("-inf")).unsqueeze(1)
+
+
+def load_balancing_loss(router_logits: tuple[Tensor, ...], is_token: Tensor, top_k: int) -> Tensor:
+    """Push a mixture of experts to use its experts evenly; 1 * top_k when it does.
+
+    loss = E * sum_e (share of choices that took e, top_k in all) * (mean router probability of e)
+
+    over all tokens and layers. Transformers' own function divides by zero when a micro-batch is all padding.
+
+    Args:
+        router_logits: one [B * T, E] per layer.
+        is_token: [B, T] bool, False = padding.
+        top_k: experts per token.
+
+    Returns:
+        Scalar float32, the mean over this micro-batch's tokens; 0 without any.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, Eq. 4 to 6.
+    """
+    logits = torch.stack(router_logits).float()
+    weights = is_token.reshape(1, -1, 1).float()
+    probabilities = logits.softmax(dim=-1)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    total = (weights.sum() * len(router_logits)).clamp(min=1.0)
+    share = (chosen * weights).sum(dim=(0, 1)) / total
+    mean_probability = (probabilities * weights).sum(dim=(0, 1)) / total
+    return logits.shape[-1] * (share * mean_probability).sum()
+
+
+def sequence_logps(token_logps: TokenLogps, num_segments: int) -> Tensor:
+    """[S] float32: summed log-probability of each segment's supervised tokens; entry s-1 is segment s."""
+    sums = token_logps.logps.new_zeros(num_segments)
+    return sums.index_add(0, token_logps.segments - 1, token_logps.logps)
+
+
+def count_parameters(model: MiniVLM) -> dict[str, int]:
+    """Parameters of each part; a tied head counts once."""
+    return {
+        "projector": sum(parameter.numel() for parameter in model.projector.parameters()),
+        "language_model": sum(parameter.numel() for parameter in model.language_model.parameters()),
+    }

@@ -1,0 +1,1 @@
+"""Pure scoring: answer extraction, metrics, statistics. No Ray, no configuration."""

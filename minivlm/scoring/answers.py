@@ -1,0 +1,96 @@
+"""From the text that a model wrote to right or wrong: find the final answer, normalise it, compare with the truth.
+
+Used by evaluation and by the preference verifier, so both mean the same by "right". Pure text functions.
+"""
+
+import math
+import re
+import unicodedata
+
+MARKER = re.compile(r"(?:final\s+answer|答案)\s*[:：]", re.IGNORECASE)
+"""What stands before the answer at the end of a chain of thought (MMPR's own format)."""
+
+_NUMBER_WORDS = {
+    word: str(value)
+    for value, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve".split()  # noqa: SIM905
+    )
+}
+_CHINESE_DIGITS = {char: value for value, char in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
+_CHINESE_WORDS = {"是的": "是", "不是": "否", "对": "是", "不对": "否"}
+_EDGE = " \t\r\n.,;:!?。，、；：！？()[]{}\"'`*$“”‘’「」"
+_ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\w)")
+_COUNT_WITH_CLASSIFIER = re.compile(r"^(\d+|[零〇一二两三四五六七八九十]{1,3})[个只块张]?$")
+_POLAR = {"yes", "no"}
+
+
+def extract_answer(text: str) -> str | None:
+    """The answer after the *last* `Final answer:` or `答案:`, on that line or, if it is bare, on the next one.
+
+    Returns:
+        The answer without surrounding blanks and emphasis marks; None if there is no marker or nothing after it.
+    """
+    matches = list(MARKER.finditer(text))
+    if not matches:
+        return None
+    for line in text[matches[-1].end() :].splitlines():
+        answer = line.strip(" \t*`")
+        if answer:
+            return answer
+    return None
+
+
+def normalize(text: str) -> str:
+    """Spelling that does not matter removed: width and case, edge punctuation, a leading article, number words.
+
+    "**The Red circle.**" -> "red circle", "Three" -> "3", "３" -> "3", "三个" -> "3", "1,000" -> "1000", "(A)" -> "a".
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().strip(_EDGE)
+    text = _ARTICLE.sub("", re.sub(r"\s+", " ", text))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = " ".join(_NUMBER_WORDS.get(word, word) for word in text.split(" "))
+    text = _CHINESE_WORDS.get(text, text)
+    counted = _COUNT_WITH_CLASSIFIER.match(text)
+    return str(_count(counted.group(1))) if counted else text
+
+
+def is_correct(answer_text: str, truth: str) -> bool:
+    """Whether a model's whole text gives the truth.
+
+    With a marker, only what follows the last one counts (a marker with nothing behind it is wrong). Without one the
+    whole text is the answer. Numbers compare by value; a yes/no truth also accepts a sentence that starts with that
+    word and does not contain the other one. An empty text is never right.
+    """
+    answer = extract_answer(answer_text)
+    if answer is None:
+        if MARKER.search(answer_text):
+            return False
+        answer = answer_text
+    expected = normalize(truth) or truth.strip()
+    given = normalize(answer) or answer.strip()
+    if not given:
+        return False
+    if given == expected:
+        return True
+    if expected in _POLAR:
+        words = re.findall(r"\w+", given)
+        return words[:1] == [expected] and len(_POLAR & set(words)) == 1
+    left, right = _number(given), _number(expected)
+    return left is not None and right is not None and math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def _number(text: str) -> float | None:
+    if not re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)", text):
+        return None
+    return float(text)
+
+
+def _count(text: str) -> int:
+    """Value of ASCII digits or of a Chinese numeral up to 99 (十 = 10, 十二 = 12, 二十三 = 23)."""
+    if text.isdigit():
+        return int(text)
+    if "十" not in text:
+        return int("".join(str(_CHINESE_DIGITS[char]) for char in text))
+    tens, _, ones = text.partition("十")
+    high = _CHINESE_DIGITS.get(tens, 1)
+    return 10 * high + _CHINESE_DIGITS.get(ones, 0)

@@ -1,0 +1,133 @@
+"""From evaluation results (results.json of each stage, as read) to logged metrics and to the model card."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minivlm import layout
+from minivlm.config import STAGE_NAMES, Config
+from minivlm.tracking.registry import GATE_METRIC
+
+LIMITS = """\
+- Small: it knows the tasks, pictures and languages of its training data, and nothing of the world beyond them.
+- Answers can be wrong with confidence; the shuffled column says how far it gets without the right picture.
+- Trained for research and teaching. Not for decisions about people, safety or health."""
+
+LOADING = """\
+```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained(FOLDER)
+processor = AutoProcessor.from_pretrained(FOLDER)
+messages = [{"role": "user", "content": [{"type": "image", "path": PICTURE}, {"type": "text", "text": QUESTION}]}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                       return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))
+```"""
+
+
+def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """Figures of one results.json as metrics: `eval/TASK/accuracy`, `.../shuffled`, and the macro means.
+
+    The gate's `eval/macro/accuracy` is the mean over all tasks but caption; where captions are all there is, their
+    token accuracy. A figure of nothing (None) is left out.
+    """
+    metrics: dict[str, float | None] = {
+        GATE_METRIC: results["macro"],
+        "eval/macro/shuffled": results["shuffled_macro"],
+    }
+    for task, figures in results["tasks"].items():
+        metrics[f"eval/{task}/accuracy"] = figures["accuracy"]
+        metrics[f"eval/{task}/shuffled"] = figures["shuffled"]
+    if caption := results["caption"]:
+        metrics["eval/caption/token_accuracy"] = caption["token_accuracy"]
+        metrics["eval/caption/shuffled"] = caption["shuffled"]
+        if results["macro"] is None:
+            metrics[GATE_METRIC] = caption["token_accuracy"]
+    return {key: float(value) for key, value in metrics.items() if value is not None}
+
+
+def model_card(config: Config, results: Sequence[Mapping[str, Any]]) -> str:
+    """The README.md of a registered version.
+
+    Args:
+        results: results.json of each evaluated stage, in the order of training; the last one is the model itself.
+    """
+    final = results[-1]
+    language = config.model.language_model
+    data = "the embedded miniworld (drawn scenes with known truth)" if config.uses_miniworld else _sources(config)
+    front = "---\npipeline_tag: image-text-to-text\nlibrary_name: transformers\ntags: [llava, minivlm]\n---"
+    return f"""{front}
+# {config.tracking.model_name}
+
+A small vision-language model: CLIP tower ({config.clip.path or "trained on the same pairs"}, frozen),
+`{config.model.projector}` projector, {language.path or f"{language.architecture} language model trained from scratch"}.
+It is the model after the `{final["stage"]}` stage, in the layout of `LlavaForConditionalGeneration`.
+
+## Data
+Trained on {data}. Rows: `{layout.samples_dir(config).name}`, seed {config.seed}.
+Figures below are of the test split: {final["num_questions"]} questions (`{final["questions"]}`) about pictures that
+neither training nor search nor early stopping has seen.
+
+## Training
+{_recipe(config)}
+
+## Measured
+Accuracy in per cent with 95 % interval, clustered by picture. Shuffled: the same questions with other pictures.
+
+{_table(results)}
+
+## Limits
+{LIMITS}
+
+## Use
+{LOADING}
+"""
+
+
+def _sources(config: Config) -> str:
+    sources = [*config.data.pretrain, *config.data.sft, *config.data.mpo]
+    return ", ".join(f"`{source.path.name}`" for source in sources)
+
+
+def _recipe(config: Config) -> str:
+    lines = ["| stage | trained | epochs | most steps | global batch | learning rate |", "|---|---|---|---|---|---|"]
+    for stage in STAGE_NAMES:
+        own = getattr(config.train, stage)
+        steps = own.max_steps or "all"
+        lines.append(
+            f"| {stage} | {', '.join(own.trainable)} | {own.epochs} | {steps} | {own.global_batch_size} "
+            f"| {own.learning_rate:g} |"
+        )
+    return "\n".join(lines)
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> str:
+    header = "| task | questions | " + " | ".join(f"{r['stage']} | shuffled" for r in results) + " |"
+    rows = [header, "|---" * (2 + 2 * len(results)) + "|"]
+    for task in results[-1]["tasks"]:
+        figures = [result["tasks"].get(task) for result in results]
+        cells = " | ".join(_cells(f, "accuracy") if f else "- | -" for f in figures)
+        rows.append(f"| {task} | {results[-1]['tasks'][task]['n']} | {cells} |")
+    if caption := results[-1]["caption"]:
+        figures = [result["caption"] for result in results]
+        cells = " | ".join(_cells(f, "token_accuracy") if f else "- | -" for f in figures)
+        rows.append(f"| caption (tokens) | {caption['n']} | {cells} |")
+    if results[-1]["macro"] is not None:
+        macro = " | ".join(
+            _figure(r["macro"], r["macro_low"], r["macro_high"]) + f" | {_percent(r['shuffled_macro'])}"
+            for r in results
+        )
+        rows.append(f"| **macro** (without caption) | {results[-1]['num_questions']} | {macro} |")
+    return "\n".join(rows)
+
+
+def _cells(figures: Mapping[str, Any], name: str) -> str:
+    return f"{_figure(figures[name], figures['low'], figures['high'])} | {_percent(figures['shuffled'])}"
+
+
+def _figure(mean: float | None, low: float | None, high: float | None) -> str:
+    return f"{_percent(mean)} [{_percent(low)}, {_percent(high)}]"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

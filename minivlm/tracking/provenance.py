@@ -1,0 +1,34 @@
+"""Where a run comes from: commit, settings, data, library versions, seed."""
+
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from minivlm import layout
+from minivlm.config import Config
+from minivlm.storage import content_hash
+
+LIBRARIES = ("ray", "torch", "deepspeed", "transformers", "mlflow")
+
+
+def provenance_tags(config: Config) -> dict[str, str]:
+    """Tags of every run."""
+    return {
+        "git_commit": git_commit(Path(__file__).parent),
+        "config_hash": content_hash(config.model_dump(mode="json")),
+        "data": layout.samples_dir(config).name,
+        "seed": str(config.seed),
+        **{f"version.{library}": version(library) for library in LIBRARIES},
+    }
+
+
+def git_commit(directory: Path) -> str:
+    """Commit of the checkout that holds `directory`, with `-dirty` where files differ; `unknown` outside of one.
+
+    A Ray job runs in an unpacked copy without history, so `unknown` is normal there.
+    """
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

@@ -1,0 +1,1 @@
+"""Training: losses, the stage table, the DeepSpeed engine and the Ray Train loop."""

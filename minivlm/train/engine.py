@@ -1,0 +1,145 @@
+"""DeepSpeed behind a small interface: forward, backward, update, save, load, gather. The only module that imports it.
+
+We own the accumulation boundary: a step has as many micro-batches as its plan says, `backward(..., is_last=True)` marks
+the last. Losses come in already divided by the step's global counts; DeepSpeed averages gradients over ranks, so
+they are multiplied by the world size here, and the gradient is that of the sum over all micro-batches of all ranks.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor, nn
+
+from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at
+
+CHECKPOINT_TAG = "state"
+BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one update did."""
+
+    learning_rate: float
+    grad_norm: float
+    """Before clipping, over all parameters and ranks."""
+
+
+class Engine:
+    """One rank's share of the training state. Every method is collective: all ranks call it at the same time.
+
+    Needs an initialised torch.distributed group (Ray Train makes it). The model is float32 when handed over; with
+    precision "bfloat16" it computes in bfloat16 and keeps float32 master weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        zero_stage: int,
+        precision: str,
+        optimizer: OptimizerSettings,
+        total_steps: int,
+        device: torch.device,
+    ) -> None:
+        _quiet_start(device)
+        self._settings, self._total_steps = optimizer, total_steps
+        self._is_plain = zero_stage == 0 and precision == "float32"
+        self.world_size = dist.get_world_size()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = decay_groups(model.parameters(), optimizer.weight_decay)
+        adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=(0.9, optimizer.beta2), fused=True)
+        config = deepspeed_config(zero_stage, precision, clip_norm=0.0 if self._is_plain else optimizer.clip_norm)
+        self._engine, *_ = deepspeed.initialize(model=model.to(device), optimizer=adamw, config=config)
+        self.module: nn.Module = self._engine.module
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        """The model's output; gradients flow."""
+        return self._engine(batch)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add one micro-batch's gradients; `loss` is its share of the step's loss, `is_last` on this rank in it."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self.world_size)
+
+    def update(self, step: int) -> StepReport:
+        """Clip and apply the gradients of optimizer step `step` (0-based), then clear them."""
+        rate = learning_rate_at(step, self._total_steps, self._settings)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        if self._is_plain:
+            grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._settings.clip_norm)
+            self._engine.step()
+            return StepReport(rate, float(grad_norm))
+        self._engine.step()
+        return StepReport(rate, float(self._engine.get_global_grad_norm()))
+
+    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
+        """Write every rank's shards under `directory` (shared by all ranks)."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, client_state=client_state)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Continue from `save`; returns its client_state.
+
+        DeepSpeed unpickles the files: load only what this run wrote and whose manifest was verified.
+
+        Raises:
+            FileNotFoundError: no shards there.
+        """
+        if not (Path(directory) / CHECKPOINT_TAG).is_dir():
+            raise FileNotFoundError(
+                f"No training state under {directory}: delete this checkpoint and run the stage again"
+            )
+        _, client_state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
+        return dict(client_state)
+
+    def gather_state_dict(self) -> dict[str, Tensor] | None:
+        """Full float32 weights by parameter name, on rank 0 (None elsewhere); tied weights appear once.
+
+        With bfloat16, frozen parts and ZeRO stage 0 give the rounded weights that training computed with.
+        """
+        weights: dict[str, Tensor] = {}
+        is_first = dist.get_rank() == 0
+        for parameter in self._engine.module.parameters():
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if full is None:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    full = parameter.data.float()
+            if is_first:
+                weights[self._names[id(parameter)]] = full.detach().cpu().clone()
+        return weights if is_first else None
+
+
+def deepspeed_config(zero_stage: int, precision: str, *, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed settings: sums stay float32 where ZeRO allows it, no timers, no prints."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # only counts samples for logs: micro-batches are ours
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip_norm,
+        "steps_per_print": 2**31,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+    }
+    if precision == "bfloat16":
+        config["bf16"] = {"enabled": True}
+        if zero_stage:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _quiet_start(device: torch.device) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # else it compiles a shared-memory op with g++ that gloo never uses

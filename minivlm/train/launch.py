@@ -1,0 +1,266 @@
+"""Run one training stage on the cluster: once, and from its newest checkpoint where an earlier attempt stopped.
+
+    result = run_stage(config, "sft")        # what `python -m jobs.train sft` calls
+
+Ray Train runs `minivlm.train.loop` in the workers; Ray Data feeds them the plan's micro-batches. Our own manifests
+decide where to continue, so Ray's record of an earlier attempt is removed before a new one.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import ray
+import ray.train
+from ray.data import ExecutionOptions
+from ray.train import (
+    CheckpointConfig,
+    DataConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from minivlm import layout
+from minivlm.config import Config, ConfigError, StageName
+from minivlm.data.pipeline import build_tokens, prepare_features
+from minivlm.data.tokenizer import load_tokenizer
+from minivlm.data.tokens import TokenTable
+from minivlm.log import get_logger
+from minivlm.model.checkpoint import MANIFEST, newest_complete
+from minivlm.schema import IMAGE_PLACEHOLDER
+from minivlm.storage import write_json
+from minivlm.train.feed import newest_step, stage_dataset, stage_worker
+from minivlm.train.job import StageJob, count_steps
+from minivlm.train.metrics import METRICS_FILE, ProgressFollower
+from minivlm.train.stages import STAGES, TrainingError
+
+RESULT_FILE = "result.json"
+DATA_CPUS = 1.0
+"""CPUs that must be left for the tasks that make batches."""
+
+RAY_RECORDS = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
+REPORT_INTERVAL_S = "0.2"
+"""How often the controller collects reports; a report blocks training until it is collected."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage."""
+
+    stage: StageName
+    run_dir: Path
+    checkpoint_dir: Path
+    export_dir: Path
+    """Inference export of the last checkpoint."""
+
+    steps: int
+    val_loss: float | None
+    """None where the stage has no validation rows."""
+
+    metrics: dict[str, float]
+    """Last line of the curve."""
+
+
+def run_stage(config: Config, stage: StageName, *, report_callbacks: Sequence[UserCallback] = ()) -> StageResult:
+    """Train a stage to its end; a finished one returns at once, an interrupted one continues.
+
+    Needs an initialised Ray. The same command gives the same weights, interrupted or not.
+
+    Args:
+        report_callbacks: called in the controller with each validation and checkpoint report (Tune's, say).
+
+    Raises:
+        ConfigError: unknown stage, or a placement that this cluster can never schedule.
+        TrainingError: a missing earlier stage or pairs, a loss that is not finite, workers that died too often.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"No stage `{stage}`. Type one of: {', '.join(get_args(StageName))}")
+    run_dir = layout.run_dir(config, stage)
+    if (run_dir / RESULT_FILE).exists():
+        log.info("%s is finished, nothing to do: %s", stage, run_dir)
+        return finished_stage(config, stage)
+    check_resources(config)
+    job = make_job(config, stage)
+    first_step = newest_step(run_dir)
+    if first_step < job.total_steps:
+        if first_step:
+            log.info("%s continues after step %d of %d: %s", stage, first_step, job.total_steps, run_dir)
+        _train(job, first_step, report_callbacks)
+    return _finish(job)
+
+
+def finished_stage(config: Config, stage: StageName) -> StageResult:
+    """Result of a stage that was trained before.
+
+    Raises:
+        TrainingError: it was not, under this configuration.
+    """
+    path = layout.run_dir(config, stage) / RESULT_FILE
+    if not path.exists():
+        raise TrainingError(
+            f"No finished {stage} run under {path.parent}. "
+            f"With the same --config and overrides, run: {STAGES[stage].command}"
+        )
+    values = json.loads(path.read_text())
+    folders = {name: Path(values[name]) for name in ("run_dir", "checkpoint_dir", "export_dir")}
+    return StageResult(**{**values, **folders})
+
+
+def check_resources(config: Config) -> None:
+    """Refuse a placement that would wait for ever: workers take their CPUs first, batches need one more.
+
+    Raises:
+        ConfigError: the message names the keys and values that fit.
+    """
+    train, available = config.train, ray.cluster_resources()
+    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
+    needed = train.num_workers * train.cpus_per_worker + DATA_CPUS
+    if needed > cpus:
+        fitting = max(0.1, int((cpus - DATA_CPUS) / train.num_workers * 10) / 10)
+        raise ConfigError(
+            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker:g} and "
+            f"{DATA_CPUS:g} CPU for data need {needed:g} CPUs, the cluster has {cpus:g}: nothing would ever start. "
+            f"Type train.cpus_per_worker={fitting:g}, or fewer train.num_workers"
+        )
+    if train.use_gpu and train.num_workers > gpus:
+        raise ConfigError(
+            f"train.num_workers={train.num_workers} with train.use_gpu=true needs as many GPUs, "
+            f"the cluster has {gpus:g}. Type train.num_workers={max(1, int(gpus))}"
+            + ("" if gpus else " train.use_gpu=false")
+        )
+
+
+def make_job(config: Config, stage: StageName) -> StageJob:
+    """Resolve everything that the stage reads, making what is missing and cheap.
+
+    Raises:
+        TrainingError: the previous stage, the preference pairs or the vision tower are not there.
+    """
+    previous = STAGES[stage].previous
+    initial_export = finished_stage(config, previous).export_dir if previous else None
+    tower_path = layout.tower_path(config)
+    if config.clip.path is None and not Path(tower_path).is_dir():
+        raise TrainingError(f"No vision tower under {tower_path}. Run: python -m jobs.clip")
+    features = prepare_features(config, tower_path)
+    tokenizer_path = layout.tokenizer_path(config)
+    tokenizer = load_tokenizer(tokenizer_path)
+    train_table, val_table = _tables(config, stage)
+    num_units = len(TokenTable.open(train_table)) // STAGES[stage].group_size
+    if not num_units:
+        raise TrainingError(f"{stage} has no training rows. Look at data.{stage} and run: python -m jobs.prepare")
+    return StageJob(
+        config=config,
+        stage=stage,
+        run_dir=layout.run_dir(config, stage),
+        train_table=train_table,
+        val_table=val_table,
+        features_dir=features.directory,
+        num_image_tokens=features.shape[0],
+        vision_size=features.shape[1],
+        tokenizer_path=tokenizer_path,
+        tower_path=tower_path,
+        image_token_id=int(tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)),
+        pad_token_id=int(tokenizer.pad_token_id),
+        vocab_size=len(tokenizer),
+        initial_export=initial_export,
+        total_steps=count_steps(num_units, getattr(config.train, stage)),
+    )
+
+
+def _tables(config: Config, stage: StageName) -> tuple[Path, Path | None]:
+    if stage != "mpo":
+        val_table = build_tokens(config, stage, "val")
+        return build_tokens(config, stage, "train"), val_table if len(TokenTable.open(val_table)) else None
+    table = layout.pairs_dir(config) / "tokens"
+    if not table.is_dir():
+        raise TrainingError(
+            f"No preference pairs with reference log-probabilities under {table}. Run: python -m jobs.preferences"
+        )
+    return table, None
+
+
+def _train(job: StageJob, first_step: int, report_callbacks: Sequence[UserCallback]) -> None:
+    train = job.config.train
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    for name in RAY_RECORDS:
+        (job.run_dir / name).unlink(missing_ok=True)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_INTERVAL_S)
+    trainer = TorchTrainer(
+        stage_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.run_dir.name,
+            storage_path=str(job.run_dir.parent),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            checkpoint_config=CheckpointConfig(),
+            callbacks=list(report_callbacks),
+            worker_runtime_env={"env_vars": worker_environment(job.config)},
+        ),
+        datasets={"train": partial(stage_dataset, job)},
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    )
+    curve = job.run_dir / METRICS_FILE
+    with ProgressFollower(curve, first_step=first_step, total_steps=job.total_steps, label=job.stage):
+        try:
+            outcome: dict[str, Any] = trainer.fit().return_value or {}
+        except TrainingFailedError as error:
+            raise TrainingError(_explain(job, error)) from error
+    if "error" in outcome:
+        raise TrainingError(outcome["error"])
+
+
+def worker_environment(config: Config) -> dict[str, str]:
+    """Environment of a training worker; set before it imports anything."""
+    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
+    return environment if config.train.use_gpu else {**environment, "DS_ACCELERATOR": "cpu"}
+
+
+def _explain(job: StageJob, error: TrainingFailedError) -> str:
+    """One line for people; Ray has printed the workers' tracebacks."""
+    reason = str(error).strip().splitlines()[-1]
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        rank, failure = min(error.worker_failures.items())
+        lines = str(failure).strip().splitlines() or [type(failure).__name__]
+        reason = f"worker {rank}: {lines[-1]}"
+    step = newest_step(job.run_dir)
+    kept = f"{step} of {job.total_steps} steps are kept"
+    return f"{job.stage} stopped: {reason}. {kept}; type the same command to continue"
+
+
+def _finish(job: StageJob) -> StageResult:
+    """Write result.json from the last checkpoint's manifest."""
+    checkpoint = newest_complete(job.run_dir)
+    if checkpoint is None:
+        raise TrainingError(
+            f"{job.stage} ended without a checkpoint under {job.run_dir}. Run it again: {STAGES[job.stage].command}"
+        )
+    metrics = json.loads((checkpoint / MANIFEST).read_text())["metrics"]
+    result = StageResult(
+        stage=job.stage,
+        run_dir=job.run_dir,
+        checkpoint_dir=checkpoint,
+        export_dir=checkpoint / "export",
+        steps=job.total_steps,
+        val_loss=metrics.get("val/loss"),
+        metrics=metrics,
+    )
+    values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(result).items()}
+    write_json(job.run_dir / RESULT_FILE, values)
+    return result

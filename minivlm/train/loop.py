@@ -1,0 +1,290 @@
+"""The training loop of every stage, as it runs in each Ray Train worker. Started by `minivlm.train.launch`.
+
+One optimizer step: read this rank's micro-batches of the step, sum the counts over all ranks, forward and backward
+each micro-batch divided by those counts, sum the metrics over all ranks, update. Validation and saving come between.
+"""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch import Tensor
+
+from minivlm.data.collate import collate, unpack_batch
+from minivlm.data.features import FeatureCache
+from minivlm.data.tokens import TokenTable
+from minivlm.model.checkpoint import begin, commit, newest_complete, prune
+from minivlm.model.export import load_export, save_export
+from minivlm.model.language import build_language_model
+from minivlm.model.projector import build_projector
+from minivlm.model.vlm import MiniVLM
+from minivlm.train.engine import Engine, StepReport
+from minivlm.train.job import StageJob, plan_validation
+from minivlm.train.losses import MPOWeights, RewardShift
+from minivlm.train.metrics import METRICS_FILE, MetricsWriter
+from minivlm.train.optimizer import OptimizerSettings
+from minivlm.train.stages import (
+    STAGES,
+    Batch,
+    LossSettings,
+    StepTotals,
+    TrainingError,
+    check_first_step,
+    count_totals,
+)
+
+Rows = Iterator[dict[str, Any]]
+
+
+def train_loop(job: StageJob, rows: Rows) -> dict[str, str]:
+    """Run (or continue) one stage on this rank.
+
+    Args:
+        rows: this rank's micro-batches of the steps that are left, in order.
+
+    Returns:
+        {} when all steps are done, {"error": message} where every rank found that training cannot go on: that is no
+        failure of a worker, and starting it again would not help.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    torch.set_num_threads(job.config.train.threads_per_worker)
+    worker = StageWorker(job)
+    try:
+        worker.run(rows)
+    except TrainingError as error:
+        return {"error": str(error)}
+    return {}
+
+
+def initial_model(job: StageJob) -> MiniVLM:
+    """Weights that the stage starts from: the previous stage's export, or a language model and a new projector."""
+    if job.initial_export is not None:
+        return load_export(job.initial_export).vlm
+    language = job.config.model.language_model
+    language_model = build_language_model(
+        path=language.path,
+        architecture=language.architecture,
+        sizes=language.model_dump(exclude={"path", "architecture"}),
+        vocab_size=job.vocab_size,
+        seed=job.config.seed,
+    )
+    text_size = language_model.config.get_text_config().hidden_size
+    projector = build_projector(job.config.model.projector, job.vision_size, text_size, seed=job.config.seed)
+    return MiniVLM(projector, language_model, job.image_token_id)
+
+
+class StageWorker:
+    """One rank of one stage."""
+
+    def __init__(self, job: StageJob) -> None:
+        train, settings = job.config.train, job.settings
+        self.job, self.stage = job, STAGES[job.stage]
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = ray.train.torch.get_device() if train.use_gpu else torch.device("cpu")
+        model = initial_model(job)
+        for part in ("projector", "language_model"):
+            getattr(model, part).requires_grad_(part in settings.trainable)
+        self.export_model = copy.deepcopy(model) if self.rank == 0 else None
+        self.engine = Engine(
+            model,
+            zero_stage=train.zero_stage,
+            precision=train.precision,
+            optimizer=OptimizerSettings(
+                settings.learning_rate,
+                settings.weight_decay,
+                settings.beta2,
+                settings.warmup_fraction,
+                settings.clip_norm,
+            ),
+            total_steps=job.total_steps,
+            device=self.device,
+        )
+        self.shift = RewardShift()
+        mpo = train.mpo
+        weights = MPOWeights(mpo.dpo_weight, mpo.bco_weight, mpo.sft_weight)
+        self.loss_settings = LossSettings(mpo.beta, weights, mpo.sft_token_mean)
+        self.first_step = self._resume()
+        self.writer: MetricsWriter | None = None
+        if self.rank == 0:
+            self.writer = MetricsWriter(job.run_dir / METRICS_FILE, after_step=self.first_step)
+
+    def run(self, rows: Rows) -> None:
+        """Every step that is left, with validation and checkpoints where they are due."""
+        job, every = self.job, self.job.config.train.checkpoint_every_steps
+        if self.first_step == job.total_steps:
+            return
+        for step in range(self.first_step, job.total_steps):
+            started = time.perf_counter()
+            batches = read_step(rows, step)
+            waited = time.perf_counter() - started
+            values, num_tokens = self._train_step(step, batches)
+            elapsed = time.perf_counter() - started
+            line = {"step": step + 1, **values, "tokens_per_s": num_tokens / elapsed, "data_wait_s": waited}
+            is_eval = step + 1 in job.eval_steps
+            if is_eval and (val_loss := self._evaluate()) is not None:
+                line["val/loss"] = val_loss
+            if self.writer is not None:
+                self.writer.write(line)
+            if step + 1 == job.total_steps or (step + 1) % every == 0:
+                self._report(line, self._save(step + 1, line))
+            elif is_eval:
+                self._report(line, None)
+        for _ in rows:
+            raise RuntimeError("the dataset has more rows than the plan: delete the run folder and start again")
+
+    def _train_step(self, step: int, batches: list[Batch]) -> tuple[dict[str, float], int]:
+        """Metrics of the step and the tokens that all ranks read, padding not counted."""
+        torch.manual_seed((self.job.config.seed * 1_000_003 + step) * self.world_size + self.rank)
+        totals, num_tokens = self._count(batches)
+        if totals.tokens == 0:
+            raise TrainingError(
+                f"Step {step + 1} of {self.job.stage} has no supervised token: its answers are empty. "
+                f"Look at data.{self.job.stage} and run: python -m jobs.prepare"
+            )
+        self.engine.module.train()
+        metrics: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            result = self.stage.loss(self.engine.forward(batch), batch, totals, self.loss_settings, self.shift)
+            self.engine.backward(result.loss, is_last=index == len(batches) - 1)
+            metrics = {name: metrics.get(name, 0.0) + value for name, value in result.metrics.items()}
+        values = self._sum(metrics)
+        self._check_values(step, values)
+        report = self.engine.update(step)
+        if not math.isfinite(report.grad_norm):
+            raise TrainingError(self._divergence(step, "gradient norm", report.grad_norm))
+        if totals.pairs:
+            self.shift.update((values["rewards/chosen"] + values["rewards/rejected"]) * totals.pairs, totals.pairs)
+        return self._line(values, report), num_tokens
+
+    def _line(self, values: dict[str, float], report: StepReport) -> dict[str, float]:
+        named = {f"train/{name}" if name.startswith("loss") else name: value for name, value in values.items()}
+        return {**named, "lr": report.learning_rate, "grad_norm": report.grad_norm}
+
+    def _check_values(self, step: int, values: dict[str, float]) -> None:
+        if not math.isfinite(values["loss"]):
+            raise TrainingError(self._divergence(step, "loss", values["loss"]))
+        if step == 0 and self.job.stage == "mpo":
+            check_first_step(values, precision=self.job.config.train.precision)
+
+    def _divergence(self, step: int, name: str, value: float) -> str:
+        rate, stage = self.job.settings.learning_rate, self.job.stage
+        return (
+            f"The {name} of {stage} is {value} at step {step + 1}; the last checkpoint before it is kept. "
+            f"Lower the learning rate: train.{stage}.learning_rate={rate / 3:.1g}"
+        )
+
+    def _count(self, batches: list[Batch]) -> tuple[StepTotals, int]:
+        counts = torch.zeros(4, dtype=torch.int64)
+        for batch in batches:
+            counts[:3] += count_totals(batch)
+            counts[3] += int((batch["segment_ids"] != 0).sum())
+        counts = counts.to(self.device)
+        dist.all_reduce(counts)
+        tokens, pairs, chosen_tokens, num_tokens = counts.tolist()
+        return StepTotals(tokens, pairs, chosen_tokens), num_tokens
+
+    def _sum(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        names = self.stage.metric_names
+        sums = torch.stack([metrics[name].double() for name in names])
+        dist.all_reduce(sums)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _evaluate(self) -> float | None:
+        """Loss over the validation rows, as one step; None where there are none. The reward shift stays as it is."""
+        job, steps = self.job, plan_validation(self.job)
+        if not steps or job.val_table is None:
+            return None
+        table, features = TokenTable.open(job.val_table), FeatureCache.open(job.features_dir)
+        self.engine.module.eval()
+        loss, tokens = 0.0, 0
+        for step in steps:
+            mine = step.micro_batches[self.rank :: self.world_size]
+            ids = {"image_token_id": job.image_token_id, "pad_token_id": job.pad_token_id}
+            batches = [collate(table, rows, features.get, **ids) for rows in mine]
+            totals, _ = self._count(batches)
+            shares = []
+            for batch in batches:
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                result = self.stage.loss(self.engine.forward(batch), batch, totals, self.loss_settings, self.shift)
+                shares.append(result.metrics["loss"])
+            total = torch.stack(shares).sum().double()
+            dist.all_reduce(total)
+            loss, tokens = loss + float(total) * totals.tokens, tokens + totals.tokens
+        return loss / tokens
+
+    def _resume(self) -> int:
+        found = [newest_complete(self.job.run_dir)] if self.rank == 0 else [None]
+        dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return 0
+        state = self.engine.load(found[0] / "engine")
+        self.shift.load_state_dict(state["reward_shift"])
+        return int(state["step"])
+
+    def _save(self, step: int, line: dict[str, float]) -> Path:
+        """Commit a checkpoint of all ranks; returns its folder."""
+        job, train = self.job, self.job.config.train
+        folder = [begin(job.run_dir, step)] if self.rank == 0 else [None]
+        dist.broadcast_object_list(folder, src=0)
+        assert folder[0] is not None
+        client_state = {"step": step, "reward_shift": self.shift.state_dict()}
+        self.engine.save(folder[0] / "engine", client_state)
+        weights = self.engine.gather_state_dict()
+        dist.barrier()
+        final: list[Path | None] = [None]
+        if self.export_model is not None and weights is not None:
+            assert set(weights) == {name for name, _ in self.export_model.named_parameters()}
+            self.export_model.load_state_dict(weights, strict=False)  # a tied head is in it once
+            save_export(
+                folder[0] / "export",
+                self.export_model,
+                tower_path=job.tower_path,
+                tokenizer_dir=Path(job.tokenizer_path),
+            )
+            meta = {"stage": job.stage, "step": step, "world_size": self.world_size, "zero_stage": train.zero_stage}
+            final = [commit(job.run_dir, step, {**meta, "metrics": line, "client_state": client_state})]
+            prune(job.run_dir, train.keep_checkpoints)
+        dist.broadcast_object_list(final, src=0)
+        assert final[0] is not None
+        return final[0]
+
+    def _report(self, line: dict[str, float], checkpoint: Path | None) -> None:
+        """Tell the driver (a barrier). The checkpoint is complete and in its place: Ray uploads nothing."""
+        metrics: dict[str, Any] = {"stage": self.job.stage, "total_steps": self.job.total_steps, **line}
+        if "val/loss" in line:
+            metrics["val_loss"] = line["val/loss"]
+        if checkpoint is None:
+            ray.train.report(metrics)
+            return
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(str(checkpoint)),
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+def read_step(rows: Rows, step: int) -> list[Batch]:
+    """The micro-batches of one step on this rank.
+
+    Raises:
+        RuntimeError: the rows are not those of the plan (a dataset built for another checkpoint, say).
+    """
+    batches: list[Batch] = []
+    for row in rows:
+        if row["step"] != step:
+            raise RuntimeError(f"step {step} was due, the dataset gave a micro-batch of step {row['step']}")
+        batches.append(unpack_batch(row["payload"]))
+        if row["is_last"]:
+            return batches
+    raise RuntimeError(f"the dataset ended within step {step}")

@@ -1,0 +1,145 @@
+"""Losses of the three stages, as pure functions of log-probabilities. Called by `minivlm.train.stages`.
+
+None of them averages over pairs: the caller divides by the *global* count of the optimizer step, so the value does not
+depend on how samples are split over workers, micro-batches or rows.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _check_same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"log-probabilities must have one shape [B], a broadcast would mix pairs: {shapes}")
+
+
+def implicit_rewards(logps: Tensor, ref_logps: Tensor, *, beta: float) -> Tensor:
+    """How much more likely the policy finds an answer than the reference does: beta * (logps - ref_logps).
+
+    Args:
+        logps: [B] float32. Sum of log-probabilities over answer tokens, in nats.
+        ref_logps: [B], the same under the reference model.
+        beta: > 0, unitless.
+
+    Returns:
+        [B] rewards, unitless.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    _check_same_shape(logps=logps, ref_logps=ref_logps)
+    return beta * (logps - ref_logps)
+
+
+def dpo_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Prefer the chosen answer over the rejected one, relative to the reference model: L_p of MPO.
+
+    loss = -log sigmoid(r_c - r_r)
+
+    Args:
+        chosen_rewards: [B], see `implicit_rewards`.
+        rejected_rewards: [B].
+
+    Returns:
+        [B], one loss per pair, not averaged.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7.
+    """
+    _check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, *, shift: float) -> Tensor:
+    """Push chosen rewards above and rejected rewards below a common level: L_q of MPO.
+
+    loss = -log sigmoid(r_c - shift) - log sigmoid(-(r_r - shift)), the sum of both signs, not halved.
+
+    Args:
+        chosen_rewards: [B], see `implicit_rewards`.
+        rejected_rewards: [B].
+        shift: the level, a constant without gradient; see `RewardShift`. TRL leaves it out (0).
+
+    Returns:
+        [B], one loss per pair, not averaged.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Jung et al. 2024, arXiv:2404.04656, Eq. 8; Wang et al. 2024, arXiv:2411.10442, Eq. 4 and 5.
+    """
+    _check_same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
+    return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
+
+
+def generation_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
+    """Negative log-likelihood per token of each chosen answer: L_g of MPO as the paper writes it.
+
+    Args:
+        chosen_logps: [B] summed over answer tokens, in nats.
+        chosen_lengths: [B] answer tokens, end token included; > 0.
+
+    Returns:
+        [B] nats per token, not averaged over pairs.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Wang et al. 2024, arXiv:2411.10442, Eq. 6. TRL and InternVL's code take one mean over all tokens instead;
+    that is `train.mpo.sft_token_mean=true`.
+    """
+    _check_same_shape(chosen_logps=chosen_logps, chosen_lengths=chosen_lengths)
+    return -chosen_logps / chosen_lengths
+
+
+@dataclass(frozen=True)
+class MPOWeights:
+    """Weights of the terms of MPO: L = dpo * L_p + bco * L_q + sft * L_g, all unitless."""
+
+    dpo: float = 0.8
+    bco: float = 0.2
+    sft: float = 1.0
+
+
+def mpo_loss(dpo: Tensor, bco: Tensor, sft: Tensor, weights: MPOWeights) -> Tensor:
+    """Mixed Preference Optimization: the weighted sum of its three terms (same shape in and out).
+
+    Source: Wang et al. 2024, arXiv:2411.10442, Eq. 2.
+    """
+    return weights.dpo * dpo + weights.bco * bco + weights.sft * sft
+
+
+class RewardShift:
+    """Running level of the rewards for `bco_loss`: their mean over all pairs of all *earlier* optimizer steps.
+
+    It is 0 in the first step, which is exact: there policy = reference. InternVL updates its mean per micro-batch and
+    before use, which makes the loss depend on gradient accumulation; ours is updated once per step, after use, from
+    sums over all workers. It is part of the checkpoint and does not move during evaluation.
+    """
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._count = 0
+
+    @property
+    def value(self) -> float:
+        """Mean reward so far, chosen and rejected together; 0 before the first update."""
+        return self._sum / self._count if self._count else 0.0
+
+    def update(self, reward_sum: float, num_pairs: int) -> None:
+        """Add one step: `reward_sum` = sum of chosen and rejected rewards over all workers."""
+        self._sum += reward_sum
+        self._count += 2 * num_pairs
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"reward_sum": self._sum, "reward_count": self._count}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from `state_dict`."""
+        self._sum, self._count = float(state["reward_sum"]), int(state["reward_count"])

@@ -1,0 +1,251 @@
+"""Search projector kind and learning rate with Ray Tune and ASHA; each trial is `run_stage` on a changed config.
+
+Called by the tune job and the pipeline. All trials read one feature cache: no picture is encoded in a trial. Every
+figure is of the validation split. Trials report through Tune, so that only the calling process writes to MLflow.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.train import Checkpoint
+from ray.train.v2.api.callback import TrainRunContext
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from minivlm import layout
+from minivlm.config import Config, ConfigError
+from minivlm.log import Progress, get_logger
+from minivlm.storage import content_hash, write_json
+from minivlm.train.launch import DATA_CPUS, RESULT_FILE, make_job, run_stage
+from minivlm.train.metrics import METRICS_FILE, read_metrics
+from minivlm.tune.space import Trial, best_overrides, concurrent_trials, trial_config, trial_overrides, trials
+
+METRIC = "val/loss"
+TRIAL_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
+"""A trial only waits for its workers: it stands on the head node and takes no CPU from them."""
+
+REDUCTION_FACTOR = 2
+"""ASHA keeps the better half at each report."""
+
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of the user's data may be relative
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: no tables on stdout
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search; lies as result.json in `search_dir`."""
+
+    best_overrides: list[str]
+    """What the best trial found, to be added to a full run."""
+
+    trials: list[dict[str, Any]]
+    """The fields of `TrialRow`, one dict per trial."""
+
+    best_val_loss: float
+
+
+class _ValidationReports(TuneReportCallback):
+    """Forward the reports that carry a validation loss; those of plain checkpoints would confuse ASHA's count."""
+
+    def after_report(
+        self, run_context: TrainRunContext, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
+    ) -> None:
+        if METRIC in metrics[0]:
+            super().after_report(run_context, [{METRIC: metrics[0][METRIC], "step": metrics[0]["step"]}], None)
+
+
+@dataclass
+class TrialRow:
+    """What is known of one trial."""
+
+    name: str
+    overrides: list[str]
+    """Everything in which it differs from the config: they reproduce it exactly."""
+
+    curve: list[tuple[int, float]]
+    """(step, validation loss) of each report."""
+
+    status: str = "running"
+    """running | finished | stopped (by ASHA) | failed."""
+
+    val_loss: float | None = None
+    """The last one reported."""
+
+    error: str | None = None
+
+
+class _Recorder(tune.Callback):
+    """Collects the trials' curves in the driver and passes each trial on as it ends."""
+
+    def __init__(self, config: Config, points: Sequence[Trial], on_trial: Callable[[TrialRow], None]) -> None:
+        self.rows = [TrialRow(f"trial-{i}", trial_overrides(config, point), []) for i, point in enumerate(points)]
+        stage = config.tune.stage
+        self._results = [layout.run_dir(trial_config(config, point), stage) / RESULT_FILE for point in points]
+        self._on_trial = on_trial
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        row = self.rows[trial.config["index"]]
+        row.curve.append((int(result["step"]), float(result[METRIC])))
+        row.val_loss = row.curve[-1][1]
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        index = trial.config["index"]
+        self.rows[index].status = "finished" if self._results[index].exists() else "stopped"
+        self._on_trial(self.rows[index])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        row = self.rows[trial.config["index"]]
+        lines = str(trial.get_error() or "").strip().splitlines()
+        row.status, row.error = "failed", lines[-1] if lines else "its process died"
+        self._on_trial(row)
+
+
+def search(config: Config, on_trial: Callable[[dict[str, Any]], None] | None = None) -> SearchResult:
+    """Run the sweep that `config.tune` describes; a finished one returns at once.
+
+    Needs an initialised Ray and prepared data. Trials that lose keep their curve (finished ones their export), not
+    their training state.
+
+    Args:
+        on_trial: called in this process with each trial's row as it ends.
+
+    Raises:
+        ConfigError: no validation rows, or every trial failed.
+        TrainingError: an input of the stage is missing.
+    """
+    config = config.model_copy(update={"storage_path": config.root})
+    folder = search_dir(config)
+    if (folder / RESULT_FILE).exists():
+        log.info("the search is finished, nothing to do: %s", folder)
+        return SearchResult(**json.loads((folder / RESULT_FILE).read_text()))
+    settings = config.tune
+    points = trials(
+        settings.projectors,
+        num_trials=settings.num_trials,
+        min_learning_rate=settings.min_learning_rate,
+        max_learning_rate=settings.max_learning_rate,
+        seed=config.seed,
+    )
+    _prepare(config, points)
+    with Progress(len(points), "tune trials") as progress:
+
+        def ended(row: TrialRow) -> None:
+            progress.update()
+            log.info("%s %s: val_loss %s, %s", row.name, row.status, row.val_loss, " ".join(row.overrides))
+            if on_trial is not None:
+                on_trial(asdict(row))
+
+        rows = _run(config, points, _Recorder(config, points, ended))
+    best, best_val_loss = best_trial(rows)
+    result = SearchResult(best_overrides(config, points[best]), [asdict(row) for row in rows], best_val_loss)
+    for index, point in enumerate(points):
+        if index != best:
+            _drop_training_state(layout.run_dir(trial_config(config, point), settings.stage))
+    write_json(folder / RESULT_FILE, asdict(result))
+    return result
+
+
+def search_dir(config: Config) -> Path:
+    """Result and Tune's records of this search."""
+    stage = config.tune.stage
+    key = content_hash([layout.run_dir(config, stage).name, config.tune.model_dump(mode="json")])
+    return config.root / "tune" / f"{stage}-{key}"
+
+
+def _prepare(config: Config, points: Sequence[Trial]) -> None:
+    """Everything that trials share is made here, once: tables, features and, for SFT, the stage before."""
+    stage = config.tune.stage
+    configs = [trial_config(config, point) for point in points]
+    if stage == "sft":
+        for changed in configs:  # one run per projector kind; the others find it finished
+            run_stage(changed, "pretrain")
+    if make_job(configs[0], stage).val_table is None:
+        raise ConfigError(
+            f"The {stage} stage has no validation rows, so trials cannot be compared: type data.val_fraction=0.05"
+        )
+
+
+def _run(config: Config, points: Sequence[Trial], recorder: _Recorder) -> list[TrialRow]:
+    settings, train = config.tune, config.train
+    available = ray.cluster_resources()
+    concurrent = concurrent_trials(
+        wanted=settings.max_concurrent_trials,
+        num_workers=settings.num_workers,
+        cpus=available.get("CPU", 0.0),
+        cpus_per_worker=train.cpus_per_worker,
+        reserved_cpus=DATA_CPUS,
+        gpus=available.get("GPU", 0.0) if train.use_gpu else None,
+    )
+    os.environ.update(ENVIRONMENT)
+    folder = search_dir(config)
+    shutil.rmtree(folder / "ray", ignore_errors=True)
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(run_trial, config=config, points=list(points)), TRIAL_RESOURCES),
+        param_space={"index": tune.grid_search(list(range(len(points))))},
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="min",
+            max_concurrent_trials=concurrent,
+            scheduler=_scheduler(settings.num_reports),
+            reuse_actors=False,  # with the actor of a stopped trial its training ends too
+        ),
+        run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, callbacks=[recorder]),
+    )
+    tuner.fit()
+    return recorder.rows
+
+
+def _scheduler(num_reports: int) -> ASHAScheduler | None:
+    """ASHA over all reports but the last: a trial that came so far writes its result."""
+    if num_reports == 1:
+        return None
+    return ASHAScheduler(
+        max_t=num_reports - 1, grace_period=1, reduction_factor=REDUCTION_FACTOR, stop_last_trials=False
+    )
+
+
+def run_trial(space: dict[str, int], config: Config, points: Sequence[Trial]) -> None:
+    """One trial, inside its Tune actor: train, or say again what a trial that is finished has reported."""
+    stage = config.tune.stage
+    changed = trial_config(config, points[space["index"]])
+    run_dir = layout.run_dir(changed, stage)
+    if not (run_dir / RESULT_FILE).exists():
+        run_stage(changed, stage, report_callbacks=[_ValidationReports()])
+        return
+    for line in read_metrics(run_dir / METRICS_FILE):
+        if METRIC in line:
+            tune.report({METRIC: line[METRIC], "step": int(line["step"])})
+
+
+def best_trial(rows: Sequence[TrialRow]) -> tuple[int, float]:
+    """Index and value of the lowest last validation loss.
+
+    Raises:
+        ConfigError: no trial has a finite one.
+    """
+    losses = {i: row.val_loss for i, row in enumerate(rows) if row.val_loss is not None and math.isfinite(row.val_loss)}
+    if not losses:
+        raise ConfigError(f"Every trial failed, the first with: {rows[0].error}. Try tune.max_learning_rate=1e-3")
+    best = min(losses, key=lambda index: losses[index])
+    return best, losses[best]
+
+
+def _drop_training_state(run_dir: Path) -> None:
+    """Remove the optimizer shards of a trial that lost; its curve, result and export stay."""
+    for engine in run_dir.glob("checkpoints/*/engine"):
+        shutil.rmtree(engine, ignore_errors=True)

@@ -1,0 +1,41 @@
+"""Serve the champion on this machine, ask it about one test picture over HTTP, and stop serving."""
+
+import base64
+import json
+import urllib.request
+from pathlib import Path
+
+from minivlm.config import Config
+from minivlm.data.pipeline import load_samples
+from minivlm.layout import samples_dir
+from minivlm.schema import IMAGE_PLACEHOLDER
+from minivlm.serve.app import start_server, stop_server
+
+ASK_TIMEOUT_S = 60
+
+
+def ask_champion(config: Config) -> str:
+    """Question, answer and truth as one line."""
+    samples = load_samples(samples_dir(config), split="test")
+    sample = next(sample for sample in samples if len(sample.images) == 1)
+    question = sample.messages[0].content.replace(IMAGE_PLACEHOLDER, "").strip()
+    url = start_server(config)
+    try:
+        reply = chat(url, config.tracking.model_name, question, Path(sample.images[0]))
+    finally:
+        stop_server()
+    return f"{url} asked {question!r}: {reply!r} (truth: {sample.messages[1].content!r})"
+
+
+def chat(base_url: str, model: str, question: str, picture: Path) -> str:
+    """One question about one picture, as the OpenAI API takes it; returns the answer's text."""
+    kind = "png" if picture.suffix == ".png" else "jpeg"
+    url = f"data:image/{kind};base64,{base64.b64encode(picture.read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+    request = urllib.request.Request(
+        f"{base_url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as response:
+        text: str = json.load(response)["choices"][0]["message"]["content"]
+    return text

@@ -1,0 +1,87 @@
+"""What a run would do, without doing it: settings, sizes, tokens, placement. Needs no cluster and writes nothing."""
+
+import os
+from pathlib import Path
+
+import torch
+import yaml
+
+from minivlm import layout
+from minivlm.config import STAGE_NAMES, Config
+from minivlm.data.errors import DataError
+from minivlm.data.pipeline import count_rows, load_token_counts
+from minivlm.model.language import build_language_model
+from minivlm.model.projector import build_projector
+
+
+def describe(config: Config) -> str:
+    """The resolved settings as YAML, then parameters, rows and tokens, and what runs where."""
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    parts = ["# resolved settings", settings, *_parameters(config), "", *_rows(config), "", *_placement(config)]
+    return "\n".join(parts)
+
+
+def _image_tokens(config: Config) -> int:
+    return (config.clip.image_size_px // config.clip.patch_size_px) ** 2 + 1
+
+
+def _parameters(config: Config) -> list[str]:
+    language = config.model.language_model
+    tower = config.clip.path or "trained here"
+    lines = ["# parameters", f"vision tower     {tower}, {_image_tokens(config)} image tokens, frozen"]
+    if language.path:
+        return [*lines, f"language model   {language.path}: counted when it is loaded"]
+    with torch.device("meta"):
+        model = build_language_model(
+            path=None,
+            architecture=language.architecture,
+            sizes=language.model_dump(exclude={"path", "architecture"}),
+            vocab_size=config.tokenizer.vocab_size,
+            seed=config.seed,
+        )
+        projector = build_projector(config.model.projector, config.clip.vision_hidden_size, language.hidden_size)
+    counts = [sum(p.numel() for p in part.parameters()) for part in (projector, model)]
+    lines.append(f"projector        {counts[0]:,} ({config.model.projector})")
+    lines.append(f"language model   {counts[1]:,} ({language.architecture}, random)")
+    return [*lines, f"together         {sum(counts) / 1e6:.2f}M without the tower"]
+
+
+def _rows(config: Config) -> list[str]:
+    lines = ["# rows and tokens"]
+    measured = load_token_counts(config)
+    try:
+        counts = count_rows(config)
+    except DataError as error:  # the plan is of use before the data is in its place
+        return [*lines, f"not counted: {error}"]
+    for stage, rows in counts.items():
+        known = measured.get(stage)
+        tokens = f"{known:,} tokens" if known else "tokens counted after `python -m jobs.prepare`"
+        lines.append(f"{stage:<16} {rows:,} rows, {tokens}")
+    return lines
+
+
+def _placement(config: Config) -> list[str]:
+    train, clip, evaluation, serve = config.train, config.clip, config.evaluation, config.serve
+    device = "GPU, nccl" if train.use_gpu else "CPU, gloo"
+    training = f"Ray Train workers, {device}, ZeRO-{train.zero_stage}, {train.precision}"
+    trial_cpus = train.cpus_per_worker * config.tune.num_workers
+    rows = [
+        ("encode", clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, f"CLIP, {clip.encode_precision}"),
+        ("train", train.num_workers, train.cpus_per_worker, int(train.use_gpu), training),
+        ("answer", evaluation.num_actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor, "generation actors"),
+        ("tune", config.tune.max_concurrent_trials, trial_cpus, int(train.use_gpu), "trials at a time"),
+        ("serve", serve.num_replicas, serve.cpus_per_replica, serve.gpus_per_replica, f"on {serve.host}:{serve.port}"),
+    ]
+    lines = ["# placement", f"{'step':<8}{'count':>6}{'CPUs each':>11}{'GPUs each':>11}  what"]
+    lines += [f"{name:<8}{count:>6}{cpus:>11g}{gpus:>11g}  {what}" for name, count, cpus, gpus, what in rows]
+    cluster = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    where = f"cluster {cluster}" if cluster else f"local cluster of {config.cluster.num_cpus or os.cpu_count()} CPUs"
+    lines.append(f"on               {where}")
+    lines += [f"{stage:<16} {_state(layout.run_dir(config, stage))}" for stage in STAGE_NAMES]
+    return lines
+
+
+def _state(run: Path) -> str:
+    if (run / "result.json").exists():
+        return f"finished, will not run again: {run}"
+    return f"{'continues' if run.exists() else 'new'}: {run}"

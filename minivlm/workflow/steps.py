@@ -1,0 +1,122 @@
+"""One function per step of the path: does the work once, tracks it in MLflow, says where the result is.
+
+Every step is idempotent (its result lies under a name that hashes all that determines it) and makes what it needs
+that is cheap to find again; a missing *model* of an earlier stage is an error that names the command.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minivlm import layout
+from minivlm.config import STAGE_NAMES, Config, StageName
+from minivlm.data.features import FeatureCache
+from minivlm.data.pipeline import prepare_features, prepare_samples, prepare_tokenizer
+from minivlm.evaluation.report import write_report
+from minivlm.evaluation.results import read_results
+from minivlm.evaluation.runner import evaluate_all
+from minivlm.preferences.reference import add_reference_logps
+from minivlm.preferences.sampling import build_pairs
+from minivlm.tracking.card import model_card, result_metrics
+from minivlm.tracking.client import check_tracking
+from minivlm.tracking.registry import PromotionResult, promote, register_candidate
+from minivlm.tracking.runs import Run, start_run
+from minivlm.tracking.sweep import log_search
+from minivlm.train.contrastive import train_clip
+from minivlm.train.launch import RESULT_FILE, StageResult, finished_stage, run_stage
+from minivlm.train.metrics import METRICS_FILE
+from minivlm.tune.search import SearchResult, search
+from minivlm.workflow.tables import results_table, sample_rows
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation produced: a table for the terminal and the HTML report."""
+
+    table: str
+    report: Path
+
+
+def prepare_tower(config: Config) -> str:
+    """Validated rows, tokenizer and vision tower; returns the tower's folder or hub id."""
+    prepare_samples(config)
+    prepare_tokenizer(config)
+    if config.clip.path is None:
+        train_clip(config)
+    return layout.tower_path(config)
+
+
+def prepare(config: Config) -> FeatureCache:
+    """All that training reads; returns the filled feature cache."""
+    return prepare_features(config, prepare_tower(config))
+
+
+def sweep(config: Config, parent: Run | None = None) -> SearchResult:
+    """Search projector and learning rate on the validation split; every trial is a nested run."""
+    check_tracking(config)
+    prepare(config)
+    with start_run(config, "sweep", parent=parent) as run:
+        result = search(config)
+        log_search(config, result.trials, result.best_overrides, result.best_val_loss, run)
+    return result
+
+
+def train(config: Config, stage: StageName, parent: Run | None = None) -> StageResult:
+    """One training stage, its curves followed into MLflow while it runs."""
+    check_tracking(config)
+    prepare(config)
+    run_dir = layout.run_dir(config, stage)
+    with start_run(config, stage, key=run_dir.name, parent=parent) as run, run.follow(run_dir / METRICS_FILE):
+        return run_stage(config, stage)
+
+
+def build_preferences(config: Config) -> Path:
+    """Preference pairs from the SFT model's answers (or the user's MMPR rows) with reference log-probabilities."""
+    prepare(config)
+    build_pairs(config)
+    return add_reference_logps(config)
+
+
+def finished_stages(config: Config) -> list[StageName]:
+    """Stages whose run has a result, in order.
+
+    Raises:
+        FileNotFoundError: none has.
+    """
+    done = [stage for stage in STAGE_NAMES if (layout.run_dir(config, stage) / RESULT_FILE).exists()]
+    if not done:
+        raise FileNotFoundError("No finished stage with these settings. Run: python -m jobs.train pretrain")
+    return done
+
+
+def evaluate(config: Config, parent: Run | None = None) -> Evaluation:
+    """Answer the test questions with every finished stage's model; metrics, sample panels and report go to MLflow."""
+    check_tracking(config)
+    stages = finished_stages(config)
+    folders = evaluate_all(config, stages)
+    results = [read_results(config, stage) for stage in stages]
+    report = write_report(config, stages, folders[-1] / "report.html")
+    with start_run(config, "evaluation", key=folders[-1].name, parent=parent) as run:
+        for step, result in enumerate(results):
+            run.log_metrics(result_metrics(result), step=step)
+        run.log_panel("samples", sample_rows(config, stages))
+        run.log_artifact(report)
+    return Evaluation(results_table(results), report)
+
+
+def register(config: Config, parent: Run | None = None) -> PromotionResult:
+    """Register the last stage's model with its card; `@champion` moves only if it is better on the test split."""
+    check_tracking(config)
+    stages = finished_stages(config)
+    results = [read_results(config, stage) for stage in stages]
+    export_dir = finished_stage(config, stages[-1]).export_dir
+    key = layout.run_dir(config, stages[-1]).name
+    with start_run(config, "register", key=key, parent=parent) as run:
+        version = register_candidate(
+            config,
+            export_dir,
+            result_metrics(results[-1]),
+            model_card(config, results),
+            run,
+            questions=results[-1]["questions"],
+        )
+    return promote(config, version)

@@ -1,0 +1,51 @@
+"""Shared by all tests: no token prompts from Ray, no network, a small home of its own."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["RAY_AUTH_MODE"] = "disabled"  # before anything imports ray; tests bind to loopback only
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 -- at Ray's 15 the workers starve beside anything else that runs
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--user-data", default=None, help="Folder with photos_*.json(l) and photos/: the main job on it.")
+
+
+@pytest.fixture
+def tiny_config() -> Path:
+    """The embedded default's settings file."""
+    return REPOSITORY / "configs" / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def user_data(request: pytest.FixtureRequest) -> Path:
+    """A folder of real pictures given on the command line."""
+    folder = request.config.getoption("--user-data")
+    if folder is None:
+        pytest.skip("no --user-data DIR given: the run on real photos needs a folder of them")
+    return Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """Ports of the loopback interface that nobody listens on just now."""
+
+    def find(count: int) -> list[int]:
+        sockets = [socket.socket() for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        ports = [int(item.getsockname()[1]) for item in sockets]
+        for item in sockets:
+            item.close()
+        return ports
+
+    return find

@@ -1,0 +1,215 @@
+"""Evaluation and preference sampling on a real Ray cluster; the tiny model answers `red` or `blue` at random."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from PIL import Image
+
+from minivlm.config import Config, load_config
+from minivlm.data.chat import encode_chat
+from minivlm.data.collate import collate
+from minivlm.data.features import FeatureCache
+from minivlm.data.pipeline import prepare_features
+from minivlm.data.samples import SampleWriter, sample_columns
+from minivlm.data.tokenizer import train_tokenizer
+from minivlm.data.tokens import EncodedSample, TokenTable
+from minivlm.evaluation.results import read_results, read_rows
+from minivlm.evaluation.runner import evaluate, evaluate_all
+from minivlm.inference.exports import stage_export
+from minivlm.layout import evaluation_dir, features_root, pairs_dir, run_dir, samples_dir
+from minivlm.model.checkpoint import write_manifest
+from minivlm.model.clip import build_clip, save_clip
+from minivlm.model.export import load_export, save_export
+from minivlm.model.language import build_language_model
+from minivlm.model.projector import build_projector
+from minivlm.model.vision import VisionTower
+from minivlm.model.vlm import MiniVLM, sequence_logps
+from minivlm.preferences.files import read_pairs
+from minivlm.preferences.reference import add_reference_logps
+from minivlm.preferences.sampling import build_pairs
+from minivlm.schema import Message, Sample
+from minivlm.storage import file_sha256, write_json
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+NUM_PICTURES = 24
+SETTINGS = [
+    "clip.image_size_px=16", "clip.patch_size_px=8", "clip.encode_batch_size=8",
+    "evaluation.max_new_tokens=8", "evaluation.batch_size=16", "evaluation.threads_per_actor=1",
+    "preferences.max_new_tokens=8", "preferences.num_samples=6", "preferences.batch_size=32", "preferences.min_pairs=4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=128 * 2**20, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def toy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Prepared rows, features, and a finished SFT run whose model says red or blue whatever it sees."""
+    root = tmp_path_factory.mktemp("toy")
+    (root / "empty.yaml").write_text("")
+    overrides = [f"storage_path={root / 'store'}", f"clip.path={root / 'clip'}", *SETTINGS]
+    config = load_config(root / "empty.yaml", overrides)
+    samples = _draw_samples(root)
+    samples_dir(config).mkdir(parents=True)
+    with SampleWriter(samples_dir(config)) as writer:
+        writer.add(samples=[sample_columns(sample, "toy.json", i) for i, sample in enumerate(samples)])
+    write_json(samples_dir(config) / "summary.json", {"rows": len(samples)})
+    tokenizer = train_tokenizer((m.content for s in samples for m in s.messages), 300, root / "tokenizer")
+    size = {"image_size": 16, "patch_size": 8, "vision_hidden_size": 32, "vision_layers": 1, "vision_heads": 1}
+    text = {"text_hidden_size": 32, "text_layers": 1, "text_heads": 1, "max_text_tokens": 16, "projection_dim": 16}
+    end = tokenizer.pad_token_id
+    ids = {"vocab_size": 320, "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    save_clip(build_clip(**size, **text, **ids, seed=0), root / "clip")
+    cache = _encode(config, samples)
+    vlm = _train(samples, tokenizer, cache, root / "table")
+    checkpoint = run_dir(config, "sft") / "checkpoints" / "step=00000060"
+    save_export(checkpoint / "export", vlm, tower_path=str(root / "clip"), tokenizer_dir=root / "tokenizer")
+    write_manifest(checkpoint, {"stage": "sft", "step": 60})
+    result = {"checkpoint_dir": str(checkpoint), "export_dir": str(checkpoint / "export")}
+    write_json(run_dir(config, "sft") / "result.json", result)
+    return config
+
+
+def _draw_samples(root: Path) -> list[Sample]:
+    random.seed(0)
+    samples = []
+    for number in range(NUM_PICTURES):
+        path = root / f"{number}.png"
+        colour = (number * 10, 255 - number * 10, number)
+        Image.new("RGB", (16, 16), colour).save(path)
+        place = ((str(path),), (file_sha256(path),))
+        word = random.choice(["red", "blue"])
+        for stage, split in (("sft", "train"), ("sft", "test"), ("prompts", "train")):
+            turns = (Message("user", "<image>\nWhich colour?"), Message("assistant", word))
+            samples.append(Sample(f"{stage}-{split}-{number}", *place, turns, stage, split, "colour", "en", word))
+        turns = (Message("user", "<image>\nDescribe it."), Message("assistant", f"It is {word}."))
+        samples.append(Sample(f"caption-{number}", *place, turns, "pretrain", "test", "caption"))
+    return samples
+
+
+def _encode(config: Config, samples: list[Sample]) -> FeatureCache:
+    """What the encoder actors do, without starting them."""
+    tower = VisionTower.load(str(config.clip.path), precision="float32", batch_size=config.clip.encode_batch_size)
+    cache = FeatureCache(features_root(config), tower.fingerprint, (tower.num_image_tokens, tower.hidden_size))
+    paths = {sample.image_sha256[0]: sample.images[0] for sample in samples}
+    cache.append(list(paths), tower.encode(tower.preprocess([Image.open(path) for path in paths.values()])))
+    return cache
+
+
+def _train(samples: list[Sample], tokenizer, cache: FeatureCache, table_dir: Path) -> MiniVLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 32, "intermediate_size": 64, "tie_word_embeddings": True, "rope_theta": 1e4}
+    sizes |= {"max_position_embeddings": 128}
+    language_model = build_language_model(path=None, architecture="llama", sizes=sizes, vocab_size=320, seed=0)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    vlm = MiniVLM(build_projector("linear", 32, 32), language_model, image_token)
+    encoded = []
+    for sample in samples:
+        arrays = (torch.tensor(x, dtype=torch.int32).numpy() for x in encode_chat(tokenizer, sample.messages, 5))
+        encoded.append(EncodedSample(sample.sample_id, *arrays, sample.image_sha256))
+    table = TokenTable.write(table_dir, encoded)
+    rows = [(entry,) for entry in range(len(table))]
+    batch = collate(table, rows, cache.get, image_token_id=image_token, pad_token_id=tokenizer.pad_token_id)
+    optimizer = torch.optim.AdamW(vlm.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = -vlm(batch).logps.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return vlm
+
+
+def test_evaluation_scores_every_question_in_both_variants(toy: Config) -> None:
+    folder = evaluate(toy, "sft")
+    assert folder == evaluation_dir(toy, "sft")
+    results = read_results(toy, "sft")
+    colour = results["tasks"]["colour"]
+    assert (colour["n"], colour["shuffled_n"], results["caption"]["n"]) == (NUM_PICTURES, NUM_PICTURES, NUM_PICTURES)
+    rows = read_rows(toy, "sft")
+    assert {row["answer"] for row in rows if row["task"] == "colour"} <= {"red", "blue"}
+    assert colour["accuracy"] == sum(row["answer"] == row["truth"] for row in rows if row["task"] == "colour") / 24
+    assert all(row["images"] != row["wrong_images"] for row in rows)
+
+
+def test_a_finished_evaluation_is_not_run_again(toy: Config) -> None:
+    path = evaluate(toy, "sft") / "results.json"
+    before = path.stat().st_mtime_ns
+    evaluate(toy, "sft")
+    assert path.stat().st_mtime_ns == before
+
+
+def test_answers_do_not_depend_on_the_batch_size(toy: Config) -> None:
+    evaluate(toy, "sft")
+    settings = toy.evaluation.model_copy(update={"batch_size": 5})
+    other = toy.model_copy(update={"evaluation": settings})
+    evaluate_all(other, ["sft"])
+    assert evaluation_dir(other, "sft") != evaluation_dir(toy, "sft")
+    assert read_rows(other, "sft") == read_rows(toy, "sft")
+
+
+def test_missing_run_names_the_command(toy: Config) -> None:
+    with pytest.raises(FileNotFoundError, match=r"python -m jobs\.train mpo"):
+        evaluate(toy, "mpo")
+
+
+def test_pairs_are_right_against_wrong_and_do_not_depend_on_batches_or_on_a_kill(toy: Config) -> None:
+    folder = build_pairs(toy)
+    pairs = read_pairs(folder / "pairs.parquet")
+    truths = {s["id"]: s for s in map(json.loads, (folder / "mmpr.jsonl").read_text().splitlines())}
+    for pair in pairs:
+        assert pair.chosen == pair.answer == truths[pair.pair_id]["answer_gt"]
+        assert pair.rejected != pair.answer
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_samples"] == NUM_PICTURES * 6
+    assert 0.2 < summary["accuracy"] < 0.8
+
+    settings = toy.preferences.model_copy(update={"batch_size": 20})
+    other = toy.model_copy(update={"preferences": settings})
+    assert read_pairs(build_pairs(other) / "pairs.parquet") == pairs
+
+    chunks = sorted((folder / "answers").iterdir())
+    assert len(chunks) == 5
+    for path in (chunks[1], chunks[3], folder / "summary.json", folder / "pairs.parquet"):
+        path.unlink()
+    untouched = chunks[0].stat().st_mtime_ns
+    build_pairs(toy)
+    assert read_pairs(folder / "pairs.parquet") == pairs
+    assert chunks[0].stat().st_mtime_ns == untouched
+
+
+def test_reference_values_equal_a_plain_forward(toy: Config) -> None:
+    build_pairs(toy)
+    table = TokenTable.open(add_reference_logps(toy))
+    assert table.group_size == 2
+    export = load_export(stage_export(toy, "sft").export_dir)
+    cache = prepare_features(toy, str(toy.clip.path))
+    entries = list(range(min(6, len(table))))
+    with torch.inference_mode():
+        for entry in entries:
+            batch = collate(table, [(entry,)], cache.get, image_token_id=export.image_token_id, pad_token_id=0)
+            expected = sequence_logps(export.vlm(batch), 1)
+            torch.testing.assert_close(batch["reference_logps"], expected, atol=1e-4, rtol=0)
+    pairs = read_pairs(pairs_dir(toy) / "pairs.parquet")
+    assert [pair.ref_chosen_logps for pair in pairs] == pytest.approx(table.reference_logps[::2].tolist())
+    assert {pair.reference for pair in pairs} == {stage_export(toy, "sft").reference}
+
+
+def test_stale_reference_values_are_refused(toy: Config) -> None:
+    build_pairs(toy)
+    add_reference_logps(toy)
+    path = pairs_dir(toy) / "reference.json"
+    stored = json.loads(path.read_text())
+    write_json(path, stored | {"reference": "0" * 16})
+    with pytest.raises(ValueError, match="wrong reference"):
+        add_reference_logps(toy)
+    write_json(path, stored)

@@ -1,0 +1,89 @@
+"""Settings: defaults, overrides, and errors that say what to type."""
+
+from pathlib import Path
+
+import pytest
+
+from minivlm import layout
+from minivlm.config import Config, ConfigError, load_config
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    path = tmp_path / "empty.yaml"
+    path.write_text(f"storage_path: {tmp_path}\n")
+    return path
+
+
+def test_override_replaces_one_value(empty):
+    settings = load_config(empty, ["train.sft.learning_rate=3e-4", "clip.path=openai/clip-vit-base-patch32"])
+    assert settings.train.sft.learning_rate == 3e-4
+    assert settings.clip.path == "openai/clip-vit-base-patch32"
+    assert settings.train.mpo == Config().train.mpo
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.mpo.bata=0.2", "Unknown setting `train.mpo.bata`. Did you mean `beta`"),
+        ("trian.mpo.beta=0.2", "Did you mean `train`"),
+        ("train.sft.epochs=0", "train.sft.epochs: Input should be greater than 0"),
+        ("train.mpo.beta", "type key.path=value"),
+        ("seed.x=1", "is a value, not a group"),
+        ("seed=[1", "not YAML"),
+        ("data.val_fraction=0.97", "leave no training rows"),
+        ("clip.patch_size_px=15", "multiple of clip.patch_size_px"),
+    ],
+)
+def test_wrong_override_says_what_to_type(empty, override, message):
+    overrides = ["seed=1", override] if override.startswith("seed.") else [override]
+    with pytest.raises(ConfigError) as caught:
+        load_config(empty, overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_a_file_that_exists(tmp_path):
+    with pytest.raises(ConfigError, match=r"configs/tiny\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_all_loss_weights_zero_is_refused(empty):
+    zero = [f"train.mpo.{name}_weight=0" for name in ("dpo", "bco", "sft")]
+    with pytest.raises(ConfigError, match=r"train\.mpo\.dpo_weight=0\.8"):
+        load_config(empty, zero)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_preset_loads(path):
+    assert load_config(path).root.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("train.mpo.beta=0.2", {"mpo"}),
+        ("train.sft.epochs=7", {"sft", "mpo"}),
+        ("model.projector=linear", {"pretrain", "sft", "mpo"}),
+        ("seed=5", {"pretrain", "sft", "mpo"}),
+        ("serve.port=9000", set()),
+        ("train.threads_per_worker=2", set()),
+    ],
+)
+def test_a_setting_moves_the_runs_that_it_determines(empty, override, changed):
+    before, after = load_config(empty), load_config(empty, [override])
+    stages = ("pretrain", "sft", "mpo")
+    assert {s for s in stages if layout.run_dir(before, s) != layout.run_dir(after, s)} == changed
+
+
+def test_an_edited_source_file_is_new_data(empty, tmp_path):
+    source = tmp_path / "rows.json"
+    source.write_text("[]")
+    overrides = [f"data.pretrain=[{{path: {source}}}]", f"data.sft=[{{path: {source}}}]"]
+    before = layout.samples_dir(load_config(empty, overrides))
+    source.write_text("[ ]")
+    assert layout.samples_dir(load_config(empty, overrides)) != before

@@ -1,0 +1,79 @@
+"""Scenes and pictures: places, splits, and that what is named is what is drawn."""
+
+from random import Random
+
+import pytest
+
+from minivlm.data.miniworld.changes import DIFFERENCES, EVENTS, draw_difference, draw_sequence
+from minivlm.data.miniworld.draw import draw_picture
+from minivlm.data.miniworld.scene import Scene, Shape, cell_name, draw_scene
+
+
+def test_cells_are_named_from_the_top_left():
+    assert [cell_name(cell) for cell in (0, 1, 4, 15)] == ["a1", "b1", "a2", "d4"]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_a_scene_belongs_to_the_split_it_was_drawn_for_and_to_no_other(split):
+    random = Random(0)
+    scenes = [draw_scene(random, split=split, min_shapes=2, max_shapes=4) for _ in range(50)]
+    assert {scene.split for scene in scenes} == {split}
+
+
+def test_the_split_does_not_depend_on_background_or_jitter():
+    plain = Scene((Shape(3, "large", "red", "ring"),))
+    moved = Scene((Shape(3, "large", "red", "ring", (1, -1)),), background=4)
+    assert plain.split == moved.split
+
+
+def test_a_shape_is_drawn_in_its_cell_and_nowhere_else():
+    empty, scene = Scene(()), Scene((Shape(6, "large", "blue", "square", (1, 1)),))
+    before, after = draw_picture(empty, 64), draw_picture(scene, 64)
+    assert after.getpixel((2 * 16 + 9, 16 + 9)) == (40, 80, 230)
+    outside = [(x, y) for x in range(64) for y in range(64) if not (32 <= x < 49 and 16 <= y < 33)]
+    assert all(before.getpixel(at) == after.getpixel(at) for at in outside)
+
+
+def test_a_code_is_printed_one_character_per_cell():
+    blank, printed = draw_picture(Scene(()), 64), draw_picture(Scene((), code="A7", code_cell=5), 64)
+    inked = {
+        y // 16 * 4 + x // 16
+        for x in range(64)
+        for y in range(64)
+        if blank.getpixel((x, y)) != printed.getpixel((x, y))
+    }
+    assert inked == {5, 6}
+
+
+def test_no_two_things_share_a_cell():
+    random = Random(1)
+    for _ in range(200):
+        scene = draw_scene(random, split="train", min_shapes=2, max_shapes=6, with_code=True)
+        assert len(scene.free_cells) == 16 - len(scene.shapes) - len(scene.code)
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_a_difference_changes_the_named_shape_only(kind):
+    (first, second), question = draw_difference(Random(2), split="train", max_shapes=4, kind=kind)
+    key = lambda s: (s.cell, s.colour, s.shape, s.size)  # noqa: E731
+    gone = {key(s) for s in first.shapes} - {key(s) for s in second.shapes}
+    came = {key(s) for s in second.shapes} - {key(s) for s in first.shapes}
+    assert (len(gone), len(came)) == {"added": (0, 1), "removed": (1, 0)}.get(kind, (1, 1))
+    actor = next(iter(gone or came))
+    assert question.answer.startswith(f"{actor[1]} {actor[2]} {kind}")
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_sequence_shows_its_event(event):
+    frames, question = draw_sequence(Random(3), split="train", max_shapes=4, event=event)
+    still = set(frames[0].shapes) & set(frames[1].shapes) & set(frames[2].shapes)
+    first, last = (next(iter(set(frame.shapes) - still), None) for frame in (frames[0], frames[2]))
+    steps = {"moves left": (-2, 0), "moves right": (2, 0), "moves up": (0, -2), "moves down": (0, 2)}
+    assert question.answer == event
+    if event in steps:
+        assert (last.column - first.column, last.row - first.row) == steps[event]
+    elif event == "changes color":
+        assert first.cell == last.cell
+        assert first.colour != last.colour
+    else:
+        assert (first is None, last is None) == (event == "appears", event == "disappears")

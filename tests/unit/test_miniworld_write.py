@@ -1,0 +1,99 @@
+"""The written data set: counts, balance, splits, reproducibility."""
+
+import hashlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from minivlm.data.miniworld.write import build_miniworld
+
+SMALL = {
+    "seed": 0,
+    "train_scenes": 60,
+    "change_scenes": 12,
+    "reasoning_scenes": 20,
+    "prompt_scenes": 15,
+    "val_questions_per_task": 8,
+    "test_questions_per_task": 28,
+    "test_reasoning_questions": 30,
+    "questions_per_scene": 4,
+    "image_size_px": 64,
+    "max_objects": 4,
+    "reasoning_max_objects": 6,
+    "chinese_fraction": 0.12,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    build_miniworld(folder, **SMALL)
+    return folder
+
+
+def read(folder: Path, name: str) -> list[dict]:
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def images_of(row: dict) -> list[str]:
+    return row["image"] if isinstance(row["image"], list) else [row["image"]]
+
+
+def test_every_task_has_its_number_of_test_questions(world):
+    counts = Counter(row["task"] for row in read(world, "sft") if row["split"] == "test")
+    assert counts.pop("reasoning") == 30
+    assert set(counts) == {"colour", "shape", "count", "existence", "relation", "ocr", "difference", "sequence"}
+    assert set(counts.values()) == {28}
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_yes_and_no_are_balanced_exactly(world, split):
+    answers = [r["answer"] for r in read(world, "sft") if r["split"] == split and r["task"] == "existence"]
+    yes = sum(answer in ("yes", "有") for answer in answers)
+    assert yes * 2 == len(answers)
+
+
+def test_every_placeholder_has_its_picture(world):
+    for row in read(world, "pretrain") + read(world, "sft") + read(world, "prompts"):
+        text = "".join(turn["value"] for turn in row["conversations"])
+        assert text.count("<image>") == len(images_of(row))
+        assert all((world / name).is_file() for name in images_of(row))
+
+
+def test_no_picture_is_in_two_splits(world):
+    splits: dict[str, set[str]] = {}
+    for row in read(world, "pretrain") + read(world, "sft") + read(world, "prompts"):
+        for name in images_of(row):
+            digest = hashlib.sha256((world / name).read_bytes()).hexdigest()
+            splits.setdefault(digest, set()).add(row["split"])
+    assert all(len(names) == 1 for names in splits.values())
+
+
+def test_prompts_are_on_training_scenes_of_their_own_and_do_not_show_the_reasoning(world):
+    used = {name for row in read(world, "sft") + read(world, "pretrain") for name in images_of(row)}
+    for row in read(world, "prompts"):
+        assert row["split"] == "train"
+        assert row["image"] not in used
+        assert row["conversations"][1]["value"] == row["answer"]
+
+
+def test_captions_of_test_scenes_are_distinct(world):
+    captions = [row["answer"] for row in read(world, "pretrain") if row["split"] == "test"]
+    assert len(captions) == 6 * 28 == len(set(captions))
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(world, tmp_path):
+    build_miniworld(tmp_path / "again", **SMALL)
+    build_miniworld(tmp_path / "other", **{**SMALL, "seed": 1})
+    for name in ("sft.json", "images/train-scene-00003-0.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (world / name).read_bytes()
+        assert (tmp_path / "other" / name).read_bytes() != (world / name).read_bytes()
+
+
+def test_sizes_that_cannot_be_drawn_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="multiple of 4"):
+        build_miniworld(tmp_path, **{**SMALL, "image_size_px": 65})
+    with pytest.raises(ValueError, match="16 cells"):
+        build_miniworld(tmp_path, **{**SMALL, "reasoning_max_objects": 17})

@@ -1,0 +1,110 @@
+"""The rules that make chosen/rejected pairs, on cases small enough to check by hand."""
+
+import pytest
+
+from minivlm.preferences.pairs import choose_pairs, entails, is_well_formed, judge, keep_minority
+
+RIGHT = "I see 2 and 1.\nFinal answer: 3"
+WRONG = "I see 2 and 2.\nFinal answer: 4"
+BROKEN = "I see 2 and 1, so 3."
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        (RIGHT, True),
+        ("两个和一个。\n答案：3", True),
+        ("2 + 1. Final answer: 3\n", True),
+        (BROKEN, False),
+        ("Final answer: 3", False),
+        ("Well.\nFinal answer: 3\nOr not.", False),
+        ("Well.\nFinal answer: 3\nFinal answer: 3", False),
+        ("Well.\nFinal answer:", False),
+        ("", False),
+    ],
+)
+def test_reasoned_form(text: str, good: bool) -> None:
+    assert is_well_formed(text, reasoned=True) is good
+
+
+def test_direct_form_has_no_marker() -> None:
+    assert is_well_formed("red", reasoned=False)
+    assert not is_well_formed(RIGHT, reasoned=False)
+    assert not is_well_formed("  ", reasoned=False)
+
+
+def test_a_right_value_in_a_broken_form_is_malformed() -> None:
+    assert judge(BROKEN, "3", reasoned=True) == "malformed"
+    assert judge(RIGHT, "3", reasoned=True) == "right"
+    assert judge(WRONG, "3", reasoned=True) == "wrong"
+
+
+def test_right_times_wrong() -> None:
+    result = choose_pairs([RIGHT, WRONG], "3", reasoned=True, max_pairs=2, seed="q1")
+    assert [(p.chosen, p.rejected, p.kind) for p in result.pairs] == [(RIGHT, WRONG, "correctness")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason"),
+    [([RIGHT, RIGHT], "question_all_right"), ([WRONG, BROKEN], "question_without_right_answer")],
+)
+def test_one_sided_questions_give_no_pair(answers: list[str], reason: str) -> None:
+    result = choose_pairs(answers, "3", reasoned=True, max_pairs=2, seed="q1")
+    assert result.pairs == []
+    assert result.drops[reason] == 1
+
+
+def test_identical_texts_count_once() -> None:
+    result = choose_pairs([RIGHT, RIGHT + " ", WRONG, WRONG], "3", reasoned=True, max_pairs=9, seed="q1")
+    assert len(result.pairs) == 1
+    assert result.drops["identical_text"] == 2
+
+
+def test_cap_spreads_over_different_texts() -> None:
+    right = [f"{i} then.\nFinal answer: 3" for i in range(2)]
+    wrong = [f"{i} then.\nFinal answer: {i}" for i in (4, 5, 6)]
+    result = choose_pairs(right + wrong, "3", reasoned=True, max_pairs=2, seed="q1")
+    assert len({p.chosen for p in result.pairs}) == len({p.rejected for p in result.pairs}) == 2
+    assert result.drops["over_question_cap"] == 4
+
+
+def test_choice_depends_on_the_seed_and_not_on_the_order_of_answers() -> None:
+    answers = [f"{i}.\nFinal answer: {i}" for i in range(9)] + [f"{i} so.\nFinal answer: 3" for i in range(9)]
+    first = choose_pairs(answers, "3", reasoned=True, max_pairs=2, seed="q1").pairs
+    assert choose_pairs(answers[::-1], "3", reasoned=True, max_pairs=2, seed="q1").pairs == first
+    assert choose_pairs(answers, "3", reasoned=True, max_pairs=2, seed="q2").pairs != first
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "skipped"),
+    [
+        ("dog", "a dog and a cat", True),
+        ("3", "3 or 4", True),
+        ("1", "10", False),
+        ("2", "2.5", False),
+        ("no", "nothing", False),
+        ("红", "红色", True),
+        ("So.\nFinal answer: dog", "Dog here.\nFinal answer: cat", False),
+    ],
+)
+def test_entailment(chosen: str, rejected: str, skipped: bool) -> None:
+    assert entails(chosen, rejected) is skipped
+
+
+def test_entailed_pair_is_dropped_and_counted() -> None:
+    result = choose_pairs(["dog", "dog and cat"], "dog", reasoned=False, max_pairs=2, seed="q1")
+    assert result.pairs == []
+    assert result.drops["entailment"] == 1
+
+
+def test_a_broken_form_is_rejected_and_tagged() -> None:
+    result = choose_pairs([RIGHT, BROKEN], "3", reasoned=True, max_pairs=2, seed="q1")
+    assert [(p.rejected, p.kind) for p in result.pairs] == [(BROKEN, "format")]
+
+
+def test_format_pairs_stay_a_minority() -> None:
+    kinds = ["correctness"] * 8 + ["format"] * 8
+    kept = keep_minority(kinds, seed=0)
+    assert len(kept) == 10
+    assert kept[:8] == list(range(8))
+    assert keep_minority(["format"] * 5, seed=0) == []

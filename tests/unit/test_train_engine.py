@@ -1,0 +1,184 @@
+"""The DeepSpeed engine against a plain torch loop on one gloo rank, and the schedule that both follow."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing import assert_close
+
+from minivlm.model.language import build_language_model
+from minivlm.model.projector import build_projector
+from minivlm.model.vlm import MiniVLM
+from minivlm.train.engine import Engine
+from minivlm.train.losses import RewardShift
+from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at
+from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
+
+SETTINGS = OptimizerSettings(1e-2, weight_decay=0.1, beta2=0.99, warmup_fraction=0.25, clip_norm=0.5)
+STEPS = 4
+IMAGE_TOKEN = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    patch = pytest.MonkeyPatch()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
+        patch.setenv(name, value)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    patch.undo()
+
+
+def tiny_vlm() -> MiniVLM:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes |= {"head_dim": 16, "intermediate_size": 32, "rope_theta": 1e4, "tie_word_embeddings": True}
+    language = build_language_model(path=None, architecture="llama", sizes=sizes, vocab_size=64, seed=0)
+    return MiniVLM(build_projector("mlp2x_gelu", 8, 16), language, IMAGE_TOKEN)
+
+
+def micro_batch(generator: torch.Generator, num_images: int, num_rows: int = 1, length: int = 16) -> Batch:
+    """Rows of one segment each; the first of them have a picture of four tokens."""
+    input_ids = torch.randint(3, 60, (num_rows, length), generator=generator)
+    input_ids[:num_images, 1:5] = IMAGE_TOKEN
+    labels = input_ids.clone()
+    labels[:, :8] = -100
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "position_ids": torch.arange(length).expand(num_rows, length).clone(),
+        "segment_ids": torch.arange(1, num_rows + 1)[:, None].expand(num_rows, length).clone(),
+        "image_features": torch.randn(num_images, 4, 8, generator=generator).bfloat16(),
+        "image_index": torch.arange(num_images),
+    }
+
+
+def padding() -> Batch:
+    """The zero-weight micro-batch."""
+    zeros = torch.zeros(1, 8, dtype=torch.int64)
+    names = ("input_ids", "position_ids", "segment_ids")
+    features = torch.zeros(0, 4, 8, dtype=torch.bfloat16)
+    index = torch.zeros(0, dtype=torch.int64)
+    return dict.fromkeys(names, zeros) | {"labels": zeros - 100, "image_features": features, "image_index": index}
+
+
+def step_batches(step: int) -> list[Batch]:
+    """One to four micro-batches: with pictures, without, and empty."""
+    generator = torch.Generator().manual_seed(step)
+    batches = [micro_batch(generator, 2, 2), micro_batch(generator, 0), micro_batch(generator, 1, length=24), padding()]
+    return batches[: step + 1]
+
+
+def shares(model_output: list[Tensor]) -> float:
+    return float(sum(share.item() for share in model_output))
+
+
+def run_engine(engine: Engine, steps: range) -> tuple[list[float], list[float]]:
+    losses, norms = [], []
+    for step in steps:
+        batches = step_batches(step)
+        totals = StepTotals(sum(int(count_totals(batch)[0]) for batch in batches))
+        parts = []
+        for index, batch in enumerate(batches):
+            result = token_loss(engine.forward(batch), batch, totals, LossSettings(), RewardShift())
+            engine.backward(result.loss, is_last=index == len(batches) - 1)
+            parts.append(result.loss.detach())
+        losses.append(shares(parts))
+        norms.append(engine.update(step).grad_norm)
+    return losses, norms
+
+
+def run_plain(model: MiniVLM) -> tuple[list[float], list[float]]:
+    """The same without DeepSpeed and without micro-batches' own divisors: one backward over all tokens of a step."""
+    optimizer = torch.optim.AdamW(decay_groups(model.parameters(), SETTINGS.weight_decay), lr=1.0, betas=(0.9, 0.99))
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss = -torch.cat([model(batch).logps for batch in step_batches(step)]).mean()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, STEPS, SETTINGS)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms
+
+
+def make_engine(zero_stage: int, precision: str = "float32", model: MiniVLM | None = None) -> Engine:
+    return Engine(
+        model or tiny_vlm(),
+        zero_stage=zero_stage,
+        precision=precision,
+        optimizer=SETTINGS,
+        total_steps=STEPS,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_every_zero_stage_equals_plain_torch(zero_stage: int):
+    model, engine = tiny_vlm(), make_engine(zero_stage)
+    losses, norms = run_plain(model)
+    engine_losses, engine_norms = run_engine(engine, range(STEPS))
+    assert_close(torch.tensor(engine_losses), torch.tensor(losses), atol=1e-5, rtol=0)
+    assert_close(torch.tensor(engine_norms), torch.tensor(norms), atol=1e-5, rtol=0)
+    weights = engine.gather_state_dict()
+    assert weights is not None
+    assert_close(weights, dict(model.named_parameters()), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bfloat16_stays_near_float32(zero_stage: int):
+    losses, _ = run_plain(tiny_vlm())
+    engine_losses, _ = run_engine(make_engine(zero_stage, "bfloat16"), range(STEPS))
+    assert_close(torch.tensor(engine_losses), torch.tensor(losses), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "float32"), (2, "float32"), (2, "bfloat16"), (3, "float32")])
+def test_resume_equals_uninterrupted(zero_stage: int, precision: str, tmp_path: Path):
+    whole, first, second = (make_engine(zero_stage, precision) for _ in range(3))
+    run_engine(whole, range(STEPS))
+    run_engine(first, range(2))
+    first.save(tmp_path, {"step": 2})
+    assert second.load(tmp_path)["step"] == 2
+    run_engine(second, range(2, STEPS))
+    assert_close(second.gather_state_dict(), whole.gather_state_dict(), atol=0, rtol=0)
+
+
+def test_missing_state_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="No training state"):
+        make_engine(2).load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_frozen_language_model_stays_and_is_gathered(zero_stage: int):
+    model = tiny_vlm()
+    model.language_model.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = make_engine(zero_stage, model=model)
+    run_engine(engine, range(STEPS))
+    after = engine.gather_state_dict()
+    assert after is not None
+    assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"projector"}
+
+
+def test_warm_up_then_cosine_to_zero():
+    settings = OptimizerSettings(1.0, warmup_fraction=0.2)
+    rates = [learning_rate_at(step, 10, settings) for step in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_only_matrices_decay():
+    model = tiny_vlm()
+    decayed, spared = decay_groups(model.parameters(), 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert {parameter.ndim for parameter in spared["params"]} == {1}
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
