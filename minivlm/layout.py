@@ -92,7 +92,8 @@ def _data_key(config: Config) -> list[Any]:
 def _clip_key(config: Config) -> list[Any]:
     clip = config.clip
     placement = {"encode_batch_size", "encode_precision", "num_encoders", "cpus_per_encoder", "gpus_per_encoder"}
-    return [_data_key(config), clip.model_dump(mode="json", exclude=placement), _values(config.tokenizer)]
+    values = clip.model_dump(mode="json", exclude=placement)
+    return [_data_key(config), values, _values(config.tokenizer), config.train.precision]
 
 
 def _run_key(config: Config, stage: StageName) -> list[Any]:

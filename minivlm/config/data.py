@@ -88,14 +88,14 @@ class MiniworldConfig(Frozen):
     questions_per_scene: PositiveInt = 4
     """Questions in the conversation about one training scene, at most one per task."""
 
-    image_size_px: PositiveInt = 64
-    """Side of the square pictures; a multiple of 4, because the scene is a board of 4 x 4 cells."""
+    image_size_px: PositiveInt = 72
+    """Side of the square pictures; a multiple of 3, because the scene is a board of 3 x 3 cells."""
 
     max_objects: PositiveInt = 4
-    """Most shapes in one scene, 3 to 8."""
+    """Most shapes in one scene, 3 to 6."""
 
     reasoning_max_objects: PositiveInt = 6
-    """Most shapes in a scene made for reasoning questions, 3 to 16: more make the task harder."""
+    """Most shapes in a scene made for reasoning questions, 3 to 9: more make the task harder."""
 
     chinese_fraction: float = Field(0.12, ge=0, le=1)
     """Share of captions and of direct questions about one picture that are Chinese."""

@@ -62,7 +62,7 @@ class Config(Frozen):
         if self.train.mpo.dpo_weight + self.train.mpo.bco_weight + self.train.mpo.sft_weight == 0:
             raise ValueError("all weights of train.mpo are 0, nothing would be learned: add train.mpo.dpo_weight=0.8")
         if self.clip.image_size_px % self.clip.patch_size_px:
-            raise ValueError("clip.image_size_px must be a multiple of clip.patch_size_px: type clip.patch_size_px=16")
+            raise ValueError("clip.image_size_px must be a multiple of clip.patch_size_px: type clip.patch_size_px=24")
         return self
 
 

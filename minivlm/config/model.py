@@ -13,10 +13,10 @@ class ClipConfig(Frozen):
     path: str | None = None
     """Local folder or hub id (`openai/clip-vit-base-patch32`). Default: trained on the pretrain pairs."""
 
-    image_size_px: PositiveInt = 64
+    image_size_px: PositiveInt = 72
     """Side of the tower's input."""
 
-    patch_size_px: PositiveInt = 16
+    patch_size_px: PositiveInt = 24
     """Side of one patch; (image/patch)^2 + 1 image tokens."""
 
     vision_hidden_size: PositiveInt = 192

@@ -5,31 +5,25 @@ in the driver; rows and pictures are worked on in Ray Data tasks and actors.
 """
 
 import json
-import pickle
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import ray
-from ray.data import Dataset
-
 from minivlm import layout
 from minivlm.config import Config
-from minivlm.data.batches import BatchRow, make_batches, open_table
+from minivlm.data.batches import open_table
 from minivlm.data.chat import encode_chat
 from minivlm.data.encode import Encoders, Tower, encode_images
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.lengths import encode_rows
 from minivlm.data.miniworld.write import build_miniworld
-from minivlm.data.plan import PlannedStep
 from minivlm.data.samples import SampleWriter, load_pictures, load_rows, load_samples
 from minivlm.data.settings import image_limits, num_image_tokens, sources, tokens_dir
 from minivlm.data.sources import read_rows
+from minivlm.data.stream import map_tasks
 from minivlm.data.tokenizer import load_tokenizer, train_tokenizer
 from minivlm.data.tokens import TokenTable
 from minivlm.data.validate import Rules, Source, check_chunk
@@ -38,17 +32,6 @@ from minivlm.schema import BadRow
 from minivlm.storage import new_directory, write_bytes, write_json
 
 ROWS_PER_TASK = 500
-MICRO_BATCHES_PER_BLOCK = 16
-"""A block costs Ray's scheduler tens of milliseconds, as much as a small training step: so it holds several rows."""
-
-UNSPLIT_BYTES = 2**40
-"""Block size that Ray Data never reaches: split blocks would go to the wrong ranks."""
-
-RANKS_PER_BATCH_TASK = 2
-"""Training workers that one such task at a time supplies."""
-
-CPUS_PER_BATCH_TASK = 0.25
-"""Logical CPUs of such a task: it copies memory and waits for the trainers most of the time."""
 
 _log = get_logger(__name__)
 
@@ -86,7 +69,7 @@ def prepare_tokenizer(config: Config) -> str:
         return path
     samples = load_samples(prepare_samples(config), split="train")
     with new_directory(Path(path)) as temporary:
-        texts = (message.content for sample in samples for message in sample.messages)
+        texts = (f"{message.role}\n{message.content}" for sample in samples for message in sample.messages)
         train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
     return path
 
@@ -135,47 +118,6 @@ def build_tokens(config: Config, stage: str, split: str) -> Path:
     return folder
 
 
-def micro_batch_dataset(
-    table_dir: Path,
-    features_dir: Path,
-    steps: Sequence[PlannedStep],
-    *,
-    world_size: int,
-    image_token_id: int,
-    pad_token_id: int,
-    first_step: int = 0,
-) -> Dataset:
-    """The plan as a Ray dataset: one row = one micro-batch; one block = the next rows of one rank, from one task.
-
-    The steps of a block give every rank equally many rows, so `streaming_split(world_size, equal=True)` under
-    preserve_order (the next block goes to the rank with the fewest rows) hands block j to rank j % world_size. Where
-    Ray Train does the split, its DataConfig needs `ExecutionOptions(preserve_order=True)`: it replaces ours.
-
-    Args:
-        steps: what is left of the plan; `first_step` is the number of the first of them.
-
-    Returns:
-        Columns: step; is_last (last micro-batch of its step on its rank); num_tokens (supervised) and num_units, both
-        of the whole step over all ranks; payload (`unpack_batch` gives the batch).
-    """
-    num_labels = open_table(str(table_dir)).num_labels
-    ranks: list[list[BatchRow]] = [[] for _ in range(world_size)]
-    blocks: list[list[BatchRow]] = []
-    for step, planned in enumerate(steps, start=first_step):
-        count = len(planned.micro_batches)
-        tokens = sum(int(num_labels[entry]) for rows in planned.micro_batches for row in rows for entry in row)
-        for index, micro_batch in enumerate(planned.micro_batches):
-            is_last = index >= count - world_size
-            ranks[index % world_size].append(BatchRow(step, is_last, tokens, len(planned.units), micro_batch))
-        if len(ranks[0]) >= MICRO_BATCHES_PER_BLOCK or planned is steps[-1]:
-            blocks += ranks
-            ranks = [[] for _ in range(world_size)]
-    make = partial(make_batches, str(table_dir), str(features_dir), image_token_id, pad_token_id)
-    dataset = _map_tasks(make, blocks, CPUS_PER_BATCH_TASK, -(-world_size // RANKS_PER_BATCH_TASK))
-    dataset.context.target_max_block_size = UNSPLIT_BYTES
-    return dataset
-
-
 def count_rows(config: Config) -> dict[str, int]:
     """Training rows per stage without a cluster: validated ones, else what the files hold, else what will be drawn."""
     summary = layout.samples_dir(config) / "summary.json"
@@ -200,26 +142,6 @@ def load_token_counts(config: Config) -> dict[str, int]:
     return {stage: int(open_table(str(path)).lengths.sum()) for stage, path in paths.items() if path.is_dir()}
 
 
-def _map_tasks(
-    function: Callable[[pa.Table], pa.Table | Iterator[pa.Table]],
-    payloads: list[Any],
-    num_cpus: float,
-    concurrency: int | None,
-) -> Dataset:
-    """One Ray task per payload, results in their order. The changed settings stay with this dataset."""
-    blocks = [pa.table({"payload": pa.array([pickle.dumps(payload)], pa.binary())}) for payload in payloads]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        function,
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=num_cpus,
-        compute=ray.data.TaskPoolStrategy(size=concurrency),
-    )
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
-    return dataset
-
-
 def _validate(given: list[Source], rules: Rules, folder: Path) -> tuple[dict[str, Any], BadRow | None]:
     tasks: list[tuple[list[tuple[int, Any]], Source, Rules]] = []
     for source in given:
@@ -229,7 +151,7 @@ def _validate(given: list[Source], rules: Rules, folder: Path) -> tuple[dict[str
     counts: Counter[str] = Counter()
     total, bad, first_bad = 0, 0, None
     with SampleWriter(folder) as writer, Progress(len(tasks), "validate rows") as progress:
-        for row in _map_tasks(check_chunk, tasks, num_cpus=1, concurrency=None).iter_rows() if tasks else ():
+        for row in map_tasks(check_chunk, tasks, num_cpus=1, concurrency=None).iter_rows() if tasks else ():
             checked = json.loads(row["checked"])
             bad_rows = [BadRow(**item) for item in checked["bad"]]
             writer.add(checked["samples"], checked["pairs"], bad_rows)

@@ -42,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: Path) -> Pre
     texts are blanked first: a merge that spelled one would let plain text become a control token.
 
     Args:
-        texts: the corpus, one conversation turn or caption each.
+        texts: the corpus, one turn each with its header (`user\\n..`), so that headers become short too.
         vocab_size: upper bound of entries, the 256 bytes and the four special tokens included. A small corpus
             gives fewer.
         out_dir: folder to write (tokenizer.json, tokenizer_config.json, chat_template.jinja).

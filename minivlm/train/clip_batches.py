@@ -35,6 +35,9 @@ class ClipJob:
     world_size: int
     threads: int
     use_gpu: bool
+    precision: str
+    """float32, or bfloat16 (autocast)."""
+
     vocab_size: int
     bos_token_id: int
     eos_token_id: int

@@ -108,7 +108,7 @@ def train_loop(job: ClipJob, rows: Rows, device: torch.device | None) -> dict[st
         if row["id"] != step * job.world_size + rank:
             raise RuntimeError(f"step {step} was due on rank {rank}, the dataset gave micro-batch {row['id']}")
         batch = {name: tensor.to(device) for name, tensor in load(row["payload"]).items()}
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bfloat16"):
             image_embeds, text_embeds = ddp(batch)
         loss = global_loss(image_embeds, text_embeds, towers.clip.logit_scale, batch)
         value = float(loss.detach()) / job.world_size

@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import ExecutionOptions
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import FailureConfig, RunConfig, TrainingFailedError
 
 from minivlm import layout
 from minivlm.config import Config
@@ -28,7 +26,7 @@ from minivlm.model.tokenizer import END_OF_TEXT, TURN_START, encode_text, load_t
 from minivlm.schema import Sample
 from minivlm.train.clip_batches import Captions, ClipJob, pixels_file
 from minivlm.train.feed import clip_dataset, clip_worker
-from minivlm.train.launch import RESULT_FILE, check_resources, worker_environment
+from minivlm.train.launch import RESULT_FILE, check_resources, torch_trainer, worker_environment
 from minivlm.train.metrics import METRICS_FILE, ProgressFollower
 from minivlm.train.stages import TrainingError
 
@@ -104,6 +102,7 @@ def _prepare(config: Config, target: Path, work: Path) -> ClipJob:
         world_size=workers,
         threads=config.train.threads_per_worker,
         use_gpu=config.train.use_gpu,
+        precision=config.train.precision,
         vocab_size=len(tokenizer),
         bos_token_id=token_id(tokenizer, TURN_START),
         eos_token_id=end,
@@ -160,25 +159,13 @@ def _write_pixels(config: Config, paths: list[str], work: Path) -> None:
 
 
 def _fit(config: Config, job: ClipJob) -> None:
-    train = config.train
-    trainer = TorchTrainer(
-        clip_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=str(job.work),
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            worker_runtime_env={"env_vars": worker_environment(config)},
-        ),
-        datasets={"train": partial(clip_dataset, job)},
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    run_config = RunConfig(
+        name="ray",
+        storage_path=str(job.work),
+        failure_config=FailureConfig(max_failures=config.train.max_failures),
+        worker_runtime_env={"env_vars": worker_environment(config)},
     )
+    trainer = torch_trainer(config, clip_worker, job, partial(clip_dataset, job), run_config)
     with ProgressFollower(job.work / METRICS_FILE, first_step=0, total_steps=job.total_steps, label="clip"):
         try:
             outcome = trainer.fit().return_value or {}

@@ -6,17 +6,23 @@ they are multiplied by the world size here, and the gradient is that of the sum 
 """
 
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at
+
+_hidden = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it: 2 s a worker
+import deepspeed  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
+
+if _hidden is None:
+    del sys.modules["mlflow"]
 
 CHECKPOINT_TAG = "state"
 BUCKET_ELEMENTS = 50_000_000

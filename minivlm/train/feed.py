@@ -17,7 +17,7 @@ import ray.train
 import ray.train.torch
 from ray.data import Dataset
 
-from minivlm.data.pipeline import UNSPLIT_BYTES, micro_batch_dataset
+from minivlm.data.stream import UNSPLIT_BYTES, micro_batch_dataset
 from minivlm.model.checkpoint import MANIFEST, newest_complete
 from minivlm.train.clip_batches import ClipJob, make_rows, num_blocks
 from minivlm.train.job import StageJob, plan_training

@@ -8,7 +8,7 @@ decide where to continue, so Ray's record of an earlier attempt is removed befor
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import ray
 import ray.train
-from ray.data import ExecutionOptions
+from ray.data import Dataset, ExecutionOptions
 from ray.train import (
     CheckpointConfig,
     DataConfig,
@@ -196,26 +196,15 @@ def _train(job: StageJob, first_step: int, report_callbacks: Sequence[UserCallba
     for name in RAY_RECORDS:
         (job.run_dir / name).unlink(missing_ok=True)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_INTERVAL_S)
-    trainer = TorchTrainer(
-        stage_worker,
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=train.use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=job.run_dir.name,
-            storage_path=str(job.run_dir.parent),
-            failure_config=FailureConfig(max_failures=train.max_failures),
-            checkpoint_config=CheckpointConfig(),
-            callbacks=list(report_callbacks),
-            worker_runtime_env={"env_vars": worker_environment(job.config)},
-        ),
-        datasets={"train": partial(stage_dataset, job)},
-        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    run_config = RunConfig(
+        name=job.run_dir.name,
+        storage_path=str(job.run_dir.parent),
+        failure_config=FailureConfig(max_failures=train.max_failures),
+        checkpoint_config=CheckpointConfig(),
+        callbacks=list(report_callbacks),
+        worker_runtime_env={"env_vars": worker_environment(job.config)},
     )
+    trainer = torch_trainer(job.config, stage_worker, job, partial(stage_dataset, job), run_config)
     curve = job.run_dir / METRICS_FILE
     with ProgressFollower(curve, first_step=first_step, total_steps=job.total_steps, label=job.stage):
         try:
@@ -224,6 +213,26 @@ def _train(job: StageJob, first_step: int, report_callbacks: Sequence[UserCallba
             raise TrainingError(_explain(job, error)) from error
     if "error" in outcome:
         raise TrainingError(outcome["error"])
+
+
+def torch_trainer(
+    config: Config, worker: Callable[..., Any], job: Any, dataset: Callable[[], Dataset], run_config: RunConfig
+) -> TorchTrainer:
+    """Ray Train as stages and the clip job use it: the dataset's blocks go round the workers in their order."""
+    train = config.train
+    return TorchTrainer(
+        worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if train.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.num_workers,
+            use_gpu=train.use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker, **({"GPU": 1} if train.use_gpu else {})},
+        ),
+        run_config=run_config,
+        datasets={"train": dataset},
+        dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    )
 
 
 def worker_environment(config: Config) -> dict[str, str]:

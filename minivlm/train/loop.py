@@ -25,7 +25,7 @@ from minivlm.data.tokens import TokenTable
 from minivlm.model.checkpoint import begin, commit, newest_complete, prune
 from minivlm.model.export import load_export, save_export
 from minivlm.model.language import build_language_model
-from minivlm.model.projector import build_projector
+from minivlm.model.projector import build_projector, whiten_input
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine, StepReport
 from minivlm.train.job import StageJob, plan_validation
@@ -41,6 +41,9 @@ from minivlm.train.stages import (
     check_first_step,
     count_totals,
 )
+
+WHITENING_PICTURES = 2000
+"""Pictures whose features a new projector is fitted to."""
 
 Rows = Iterator[dict[str, Any]]
 
@@ -79,6 +82,9 @@ def initial_model(job: StageJob) -> MiniVLM:
     )
     text_size = language_model.config.get_text_config().hidden_size
     projector = build_projector(job.config.model.projector, job.vision_size, text_size, seed=job.config.seed)
+    digests = TokenTable.open(job.train_table).digests[:WHITENING_PICTURES]
+    if digests:
+        whiten_input(projector, FeatureCache.open(job.features_dir).get(digests))
     return MiniVLM(projector, language_model, job.image_token_id)
 
 

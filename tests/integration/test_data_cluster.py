@@ -19,13 +19,13 @@ from minivlm.data.pipeline import (
     build_tokens,
     count_rows,
     load_token_counts,
-    micro_batch_dataset,
     prepare_features,
     prepare_samples,
     prepare_tokenizer,
 )
 from minivlm.data.plan import plan_epoch
 from minivlm.data.samples import load_pairs, load_samples
+from minivlm.data.stream import micro_batch_dataset
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import TokenTable
 from minivlm.layout import samples_dir

@@ -10,7 +10,7 @@ from minivlm.data.miniworld.scene import Scene, Shape, cell_name, draw_scene
 
 
 def test_cells_are_named_from_the_top_left():
-    assert [cell_name(cell) for cell in (0, 1, 4, 15)] == ["a1", "b1", "a2", "d4"]
+    assert [cell_name(cell) for cell in (0, 1, 3, 8)] == ["a1", "b1", "a2", "c3"]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -21,35 +21,35 @@ def test_a_scene_belongs_to_the_split_it_was_drawn_for_and_to_no_other(split):
 
 
 def test_the_split_does_not_depend_on_background_or_jitter():
-    plain = Scene((Shape(3, "large", "red", "ring"),))
-    moved = Scene((Shape(3, "large", "red", "ring", (1, -1)),), background=4)
+    plain = Scene((Shape(3, "large", "red", "cross"),))
+    moved = Scene((Shape(3, "large", "red", "cross", (1, -1)),), background=4)
     assert plain.split == moved.split
 
 
 def test_a_shape_is_drawn_in_its_cell_and_nowhere_else():
-    empty, scene = Scene(()), Scene((Shape(6, "large", "blue", "square", (1, 1)),))
-    before, after = draw_picture(empty, 64), draw_picture(scene, 64)
-    assert after.getpixel((2 * 16 + 9, 16 + 9)) == (40, 80, 230)
-    outside = [(x, y) for x in range(64) for y in range(64) if not (32 <= x < 49 and 16 <= y < 33)]
+    empty, scene = Scene(()), Scene((Shape(5, "large", "blue", "square", (1, 1)),))
+    before, after = draw_picture(empty, 72), draw_picture(scene, 72)
+    assert after.getpixel((2 * 24 + 13, 24 + 13)) == (40, 80, 230)
+    outside = [(x, y) for x in range(72) for y in range(72) if not (x >= 48 and 24 <= y < 49)]
     assert all(before.getpixel(at) == after.getpixel(at) for at in outside)
 
 
 def test_a_code_is_printed_one_character_per_cell():
-    blank, printed = draw_picture(Scene(()), 64), draw_picture(Scene((), code="A7", code_cell=5), 64)
+    blank, printed = draw_picture(Scene(()), 72), draw_picture(Scene((), code="A7", code_cell=4), 72)
     inked = {
-        y // 16 * 4 + x // 16
-        for x in range(64)
-        for y in range(64)
+        y // 24 * 3 + x // 24
+        for x in range(72)
+        for y in range(72)
         if blank.getpixel((x, y)) != printed.getpixel((x, y))
     }
-    assert inked == {5, 6}
+    assert inked == {4, 5}
 
 
 def test_no_two_things_share_a_cell():
     random = Random(1)
     for _ in range(200):
         scene = draw_scene(random, split="train", min_shapes=2, max_shapes=6, with_code=True)
-        assert len(scene.free_cells) == 16 - len(scene.shapes) - len(scene.code)
+        assert len(scene.free_cells) == 9 - len(scene.shapes) - len(scene.code)
 
 
 @pytest.mark.parametrize("kind", DIFFERENCES)

@@ -19,7 +19,7 @@ SMALL = {
     "test_questions_per_task": 28,
     "test_reasoning_questions": 30,
     "questions_per_scene": 4,
-    "image_size_px": 64,
+    "image_size_px": 72,
     "max_objects": 4,
     "reasoning_max_objects": 6,
     "chinese_fraction": 0.12,
@@ -93,7 +93,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(world, tm
 
 
 def test_sizes_that_cannot_be_drawn_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="multiple of 4"):
-        build_miniworld(tmp_path, **{**SMALL, "image_size_px": 65})
-    with pytest.raises(ValueError, match="16 cells"):
-        build_miniworld(tmp_path, **{**SMALL, "reasoning_max_objects": 17})
+    with pytest.raises(ValueError, match="multiple of 3"):
+        build_miniworld(tmp_path, **{**SMALL, "image_size_px": 73})
+    with pytest.raises(ValueError, match="9 cells"):
+        build_miniworld(tmp_path, **{**SMALL, "reasoning_max_objects": 10})

@@ -1,6 +1,5 @@
-"""Scenes to pictures, with Pillow. A cell is a quarter of the side, so cells and 16 px patches coincide at 64 px."""
+"""Scenes to pictures, with Pillow. A cell is a third of the side, so cells and 24 px patches coincide at 72 px."""
 
-import math
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -12,25 +11,31 @@ _RGB = {
     "green": (30, 150, 50),
     "blue": (40, 80, 230),
     "yellow": (245, 215, 20),
-    "purple": (145, 40, 175),
-    "orange": (250, 135, 20),
 }
 _BACKGROUNDS = ((255, 255, 255), (232, 232, 236), (214, 226, 236), (236, 226, 212), (218, 232, 216), (236, 218, 226))
 _INK = (0, 0, 0)
-_RADIUS = {"small": 0.27, "large": 0.44}
+_RADIUS = {"small": 0.34, "large": 0.46}
+_OUTLINE = 0.08
+"""Width of the outline, in cells."""
+
+_HOLE = 0.42
+"""Hole of a ring and half width of a cross's arms, in radii."""
+
+_ARM = 0.42
 _SUPERSAMPLING = 4
 
 
 def draw_picture(scene: Scene, size_px: int) -> Image.Image:
-    """The scene as a square RGB picture of `size_px` a side (a multiple of 4)."""
+    """The scene as a square RGB picture of `size_px` a side (a multiple of 3)."""
     cell_px = size_px // GRID
     background = _BACKGROUNDS[scene.background]
     picture = Image.new("RGB", (size_px, size_px), background)
     for shape in scene.shapes:
-        mask = _shape_mask(shape.shape, shape.size, cell_px)
+        outline, filling = _shape_masks(shape.shape, _RADIUS[shape.size], cell_px)
         shift_px = [round(part * size_px / 64) for part in shape.shift]
         corner = (shape.column * cell_px + shift_px[0], shape.row * cell_px + shift_px[1])
-        picture.paste(_RGB[shape.colour], corner, mask)
+        picture.paste(_INK, corner, outline)
+        picture.paste(_RGB[shape.colour], corner, filling)
     for offset, character in enumerate(scene.code):
         cell = scene.code_cell + offset
         picture.paste(_INK, (cell % GRID * cell_px, cell // GRID * cell_px), _glyph_mask(character, cell_px))
@@ -38,41 +43,40 @@ def draw_picture(scene: Scene, size_px: int) -> Image.Image:
 
 
 @cache
-def _shape_mask(shape: str, size: str, cell_px: int) -> Image.Image:
-    """[cell, cell] grey mask of a shape in the middle of its cell."""
+def _shape_masks(shape: str, radius: float, cell_px: int) -> tuple[Image.Image, Image.Image]:
+    """Grey masks [cell, cell] of a shape in the middle of its cell: with its dark outline, and of the colour inside.
+
+    `radius` in cells. The outline shows the form in the same way whatever the colour.
+    """
     side = cell_px * _SUPERSAMPLING
+    return tuple(
+        _draw_shape(shape, radius * side, edge * side, side).resize((cell_px, cell_px), Image.Resampling.BOX)
+        for edge in (0.0, _OUTLINE)
+    )  # type: ignore[return-value]
+
+
+def _draw_shape(shape: str, radius: float, edge: float, side: int) -> Image.Image:
+    """[side, side] mask of a shape, `edge` pixels narrower than its outline."""
     mask = Image.new("L", (side, side), 0)
     pen = ImageDraw.Draw(mask)
-    middle, radius = side / 2, _RADIUS[size] * side
-    box = (middle - radius, middle - radius, middle + radius, middle + radius)
-    if shape == "circle":
-        pen.ellipse(box, fill=255)
-    elif shape == "ring":
-        pen.ellipse(box, fill=255)
-        hole = radius * 0.5
-        pen.ellipse((middle - hole, middle - hole, middle + hole, middle + hole), fill=0)
+    middle = side / 2
+
+    def box(across: float, down: float) -> tuple[float, float, float, float]:
+        return (middle - across, middle - down, middle + across, middle + down)
+
+    if shape == "ring":
+        pen.ellipse(box(radius - edge, radius - edge), fill=255)
+        pen.ellipse(box(radius * _HOLE + edge, radius * _HOLE + edge), fill=0)
     elif shape == "square":
-        inner = radius * 0.9
-        pen.rectangle((middle - inner, middle - inner, middle + inner, middle + inner), fill=255)
+        pen.rectangle(box(radius * 0.88 - edge, radius * 0.88 - edge), fill=255)
     elif shape == "cross":
-        arm = radius * 0.34
-        pen.rectangle((middle - radius, middle - arm, middle + radius, middle + arm), fill=255)
-        pen.rectangle((middle - arm, middle - radius, middle + arm, middle + radius), fill=255)
-    elif shape == "triangle":
-        pen.polygon([(middle, box[1]), (box[2], box[3]), (box[0], box[3])], fill=255)
+        pen.rectangle(box(radius - edge, radius * _ARM - edge), fill=255)
+        pen.rectangle(box(radius * _ARM - edge, radius - edge), fill=255)
     else:
-        pen.polygon(_star(middle, radius), fill=255)
-    return mask.resize((cell_px, cell_px), Image.Resampling.BOX)
-
-
-def _star(middle: float, radius: float) -> list[tuple[float, float]]:
-    """Corners of a five-pointed star."""
-    corners = []
-    for i in range(10):
-        reach = radius * (1.08 if i % 2 == 0 else 0.42)
-        angle = math.pi * (i / 5 - 0.5)
-        corners.append((middle + reach * math.cos(angle), middle + reach * math.sin(angle)))
-    return corners
+        top, bottom = middle - radius + 2 * edge, middle + radius * 0.8 - edge
+        reach = radius * (bottom - top) / (1.8 * radius)
+        pen.polygon([(middle, top), (middle + reach, bottom), (middle - reach, bottom)], fill=255)
+    return mask
 
 
 @cache

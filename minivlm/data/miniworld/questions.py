@@ -8,8 +8,8 @@ from random import Random
 from minivlm.data.miniworld.scene import COLOURS, SHAPES, Scene, Shape
 
 CHINESE = {
-    "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色", "orange": "橙色",
-    "circle": "圆形", "square": "方形", "triangle": "三角形", "star": "星形", "cross": "十字", "ring": "圆环",
+    "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
+    "ring": "圆环", "square": "方形", "triangle": "三角形", "cross": "十字",
     "small": "小", "large": "大", "yes": "有", "no": "没有",
     "left": "左边", "right": "右边", "above": "上面", "below": "下面",
 }  # fmt: skip
@@ -40,7 +40,7 @@ def caption(scene: Scene, random: Random, language: str) -> Question:
 
 
 def describe(shape: Shape) -> str:
-    """`large red circle`."""
+    """`large red ring`."""
     return f"{shape.size} {shape.colour} {shape.shape}"
 
 
@@ -94,7 +94,7 @@ def ask_existence(scene: Scene, random: Random, language: str, want_yes: bool) -
     answer = "yes" if want_yes else "no"
     if language == "zh":
         return _question("existence", f"有{CHINESE[colour]}{CHINESE[form]}吗？", answer, language)
-    return _question("existence", f"Is there {article(colour)} {colour} {form}?", answer, language)
+    return _question("existence", f"Is there a {colour} {form}?", answer, language)
 
 
 def ask_relation(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
@@ -134,13 +134,8 @@ ASK: dict[str, Callable[[Scene, Random, str, bool], Question | None]] = {
 
 
 def plural_of(form: str) -> str:
-    """`circles`, `crosses`."""
+    """`rings`, `crosses`."""
     return f"{form}es" if form.endswith("s") else f"{form}s"
-
-
-def article(word: str) -> str:
-    """`a` or `an`."""
-    return "an" if word[0] in "aeiou" else "a"
 
 
 def _question(task: str, text: str, answer: str, language: str) -> Question:

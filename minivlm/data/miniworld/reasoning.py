@@ -5,8 +5,8 @@ from random import Random
 from minivlm.data.miniworld.questions import Question, plural_of
 from minivlm.data.miniworld.scene import COLOURS, SHAPES, SIZES, Scene
 
-PROMPT = 'Give step by step reasoning, then use the format "Final answer: .."'
-MAX_POINTS = 5
+PROMPT = "Think step by step."
+MAX_POINTS = 3
 
 
 def ask_reasoning(scene: Scene, random: Random) -> Question:
@@ -20,24 +20,23 @@ def ask_reasoning(scene: Scene, random: Random) -> Question:
     if random.random() < 0.5:
         points = [random.randint(1, MAX_POINTS) for _ in range(2)]
         text = (
-            f"Each {_singular(first)} gives {points[0]} points and each {_singular(second)} gives {points[1]}. "
-            "How many points are there?"
+            f"Each {_singular(first)} gives {points[0]} points, each {_singular(second)} {points[1]}. How many in all?"
         )
         products = [count * value for count, value in zip(counts, points, strict=True)]
-        steps = [f"{n} x {v} = {p}" for n, v, p in zip(counts, points, products, strict=True)]
+        steps = [f"{n}x{v}={p}" for n, v, p in zip(counts, points, products, strict=True)]
         total = sum(products)
-        last = f"{products[0]} + {products[1]} = {total}"
+        last = f"{products[0]}+{products[1]}={total}"
     else:
         if counts[0] < counts[1]:
             first, second, places, counts = second, first, places[::-1], counts[::-1]
         text = f"How many more {_plural(first)} than {_plural(second)} are there?"
         steps = [str(count) for count in counts]
         total = counts[0] - counts[1]
-        last = f"{counts[0]} - {counts[1]} = {total}"
-    lines = [f"{name}: {', '.join(cells) or 'none'}: {step}"
+        last = f"{counts[0]}-{counts[1]}={total}"
+    lines = [f"{name}: {' '.join(cells) or 'none'}\n{step}"
              for name, cells, step in zip((first, second), places, steps, strict=True)]  # fmt: skip
     response = "\n".join([*lines, last, f"Final answer: {total}"])
-    return Question("reasoning", f"{text}\n{PROMPT}", str(total), response)
+    return Question("reasoning", f"{text} {PROMPT}", str(total), response)
 
 
 def _draw_groups(scene: Scene, random: Random) -> tuple[str, str]:

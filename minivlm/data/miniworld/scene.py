@@ -1,6 +1,6 @@
 """What a drawn scene holds, and how scenes are drawn at random.
 
-A scene is a 4 x 4 board of cells, named as on a chess board with a1 at the top left: columns a to d, rows 1 to 4.
+A scene is a 3 x 3 board of cells, named as on a chess board with a1 at the top left: columns a to c, rows 1 to 3.
 A cell holds nothing, one shape, or one printed character. Called by questions, changes, reasoning and write.
 """
 
@@ -8,14 +8,14 @@ import zlib
 from dataclasses import dataclass, replace
 from random import Random
 
-GRID = 4
-COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+GRID = 3
+COLOURS = ("red", "green", "blue", "yellow")
+SHAPES = ("ring", "square", "triangle", "cross")
 SIZES = ("small", "large")
 LETTERS = "ACEFHKLMPRTX"
 DIGITS = "0123456789"
 NUM_BACKGROUNDS = 6
-MAX_CODE_LENGTH = 4
+MAX_CODE_LENGTH = GRID
 
 _SPLIT_BUCKETS = {"test": (0,), "val": (1,), "train": (2, 3, 4, 5, 6, 7)}
 
@@ -32,17 +32,17 @@ class Shape:
 
     @property
     def column(self) -> int:
-        """0 (left) to 3."""
+        """0 (left) to 2."""
         return self.cell % GRID
 
     @property
     def row(self) -> int:
-        """0 (top) to 3."""
+        """0 (top) to 2."""
         return self.cell // GRID
 
     @property
     def place(self) -> str:
-        """Name of the cell: `a1` is top left, `d4` bottom right."""
+        """Name of the cell: `a1` is top left, `c3` bottom right."""
         return cell_name(self.cell)
 
 
@@ -74,8 +74,8 @@ class Scene:
 
 
 def cell_name(cell: int) -> str:
-    """`a1` for cell 0 (top left), `b1` for cell 1, `d4` for cell 15."""
-    return f"{'abcd'[cell % GRID]}{cell // GRID + 1}"
+    """`a1` for cell 0 (top left), `b1` for cell 1, `c3` for cell 8."""
+    return f"{'abc'[cell % GRID]}{cell // GRID + 1}"
 
 
 def draw_scene(random: Random, *, split: str, min_shapes: int, max_shapes: int, with_code: bool = False) -> Scene:

@@ -18,9 +18,11 @@ from minivlm.data.miniworld.changes import DIFFERENCES, EVENTS, draw_difference,
 from minivlm.data.miniworld.draw import draw_picture
 from minivlm.data.miniworld.questions import ASK, Question, caption
 from minivlm.data.miniworld.reasoning import ask_reasoning
-from minivlm.data.miniworld.scene import Scene, draw_scene
+from minivlm.data.miniworld.scene import GRID, Scene, draw_scene
 
 FILES = ("pretrain", "sft", "prompts")
+CAPTION_SHARE = 0.25
+"""Share of training conversations that end with the caption, so that instruction tuning does not forget it."""
 Row = dict[str, Any]
 
 
@@ -100,12 +102,12 @@ def build_miniworld(
 
 
 def _check(image_size_px: int, max_objects: int, reasoning_max_objects: int, questions_per_scene: int) -> None:
-    if image_size_px % 4:
-        raise ValueError(f"image_size_px is {image_size_px}, but four cells must fit a side: type a multiple of 4")
-    if not 3 <= max_objects <= 8 or not 3 <= reasoning_max_objects <= 16:
+    if image_size_px % GRID:
+        raise ValueError(f"image_size_px is {image_size_px}, but three cells must fit a side: type a multiple of 3")
+    if not 3 <= max_objects <= 6 or not 3 <= reasoning_max_objects <= 9:
         raise ValueError(
             f"max_objects is {max_objects} and reasoning_max_objects {reasoning_max_objects}: "
-            "the 16 cells take 3 to 8 shapes beside a printed code, and 3 to 16 in a reasoning scene"
+            "the 9 cells take 3 to 6 shapes beside a printed code, and 3 to 9 in a reasoning scene"
         )
     if questions_per_scene > len(ASK):
         raise ValueError(f"questions_per_scene is {questions_per_scene}: a scene has at most {len(ASK)} kinds")
@@ -146,6 +148,8 @@ def _draw(planned: Planned, recipe: _Recipe, out_dir: Path) -> Iterator[tuple[st
     elif planned.kind == "scene":
         scene, questions = _draw_asked(random, planned, recipe)
         scenes = [scene]
+        if split == "train" and random.random() < CAPTION_SHARE:
+            questions.append(caption(scene, random, _language(random, recipe)))
         files = {"sft": questions, "pretrain": [caption(scene, random, _language(random, recipe))]}
     else:
         scenes = [draw_scene(random, split=split, min_shapes=3, max_shapes=recipe.reasoning_max_objects)]
