@@ -16,6 +16,9 @@ class StageConfig(Frozen):
     learning_rate: PositiveFloat = 1e-3
     """Peak AdamW rate, reached after warm-up. Per optimizer step."""
 
+    muon_learning_rate: NonNegativeFloat = 0.0
+    """Peak rate of Muon for the matrices of the language model's layers (usual: 0.02); 0 = AdamW for them too."""
+
     weight_decay: NonNegativeFloat = 0.05
     """Decoupled decay of matrices; norms and biases are spared."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at
+from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 
 _hidden = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it: 2 s a worker
 import deepspeed  # noqa: E402
@@ -34,7 +34,7 @@ class StepReport:
 
     learning_rate: float
     grad_norm: float
-    """Before clipping, over all parameters and ranks."""
+    """Over all parameters and ranks, before clipping; with ZeRO, Muon's matrices count with their update."""
 
 
 class Engine:
@@ -59,10 +59,12 @@ class Engine:
         self._is_plain = zero_stage == 0 and precision == "float32"
         self.world_size = dist.get_world_size()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        groups = decay_groups(model.parameters(), optimizer.weight_decay)
-        adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=(0.9, optimizer.beta2), fused=True)
-        config = deepspeed_config(zero_stage, precision, clip_norm=0.0 if self._is_plain else optimizer.clip_norm)
-        self._engine, *_ = deepspeed.initialize(model=model.to(device), optimizer=adamw, config=config)
+        uses_muon = optimizer.muon_learning_rate > 0
+        clip_norm = 0.0 if self._is_plain or uses_muon else optimizer.clip_norm
+        config = deepspeed_config(zero_stage, precision, clip_norm=clip_norm, uses_muon=uses_muon)
+        model = model.to(device)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, optimizer), config=config)
+        self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.module: nn.Module = self._engine.module
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
@@ -77,8 +79,8 @@ class Engine:
     def update(self, step: int) -> StepReport:
         """Clip and apply the gradients of optimizer step `step` (0-based), then clear them."""
         rate = learning_rate_at(step, self._total_steps, self._settings)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = rate * (peak / self._settings.learning_rate)
         if self._is_plain:
             grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._settings.clip_norm)
             self._engine.step()
@@ -123,7 +125,23 @@ class Engine:
         return weights if is_first else None
 
 
-def deepspeed_config(zero_stage: int, precision: str, *, clip_norm: float) -> dict[str, Any]:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW, or DeepSpeed's Muon with AdamW beside it (ZeRO orthogonalises whole matrices before it shards them)."""
+    betas = (0.9, settings.beta2)
+    if not settings.muon_learning_rate:
+        groups = decay_groups(model.parameters(), settings.weight_decay)
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # compiles functions when imported
+
+    groups = muon_groups(model.named_parameters(), settings)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW)
+    return optimizer
+
+
+def deepspeed_config(zero_stage: int, precision: str, *, clip_norm: float, uses_muon: bool) -> dict[str, Any]:
     """DeepSpeed settings: sums stay float32 where ZeRO allows it, no timers, no prints."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only counts samples for logs: micro-batches are ours
@@ -133,6 +151,7 @@ def deepspeed_config(zero_stage: int, precision: str, *, clip_norm: float) -> di
         "zero_optimization": {
             "stage": zero_stage,
             "overlap_comm": False,
+            "reduce_scatter": not uses_muon,  # Muon needs whole gradients
             "contiguous_gradients": True,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
@@ -149,3 +168,4 @@ def _quiet_start(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it compiles a shared-memory op with g++ that gloo never uses
+        torch._dynamo.config.disable = True  # else Muon's few products are compiled, with g++ too

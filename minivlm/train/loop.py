@@ -110,6 +110,7 @@ class StageWorker:
                 settings.beta2,
                 settings.warmup_fraction,
                 settings.clip_norm,
+                settings.muon_learning_rate,
             ),
             total_steps=job.total_steps,
             device=self.device,

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine
 from minivlm.train.losses import RewardShift
-from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at
+from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
 
 SETTINGS = OptimizerSettings(1e-2, weight_decay=0.1, beta2=0.99, warmup_fraction=0.25, clip_norm=0.5)
+MUON = replace(SETTINGS, muon_learning_rate=0.02)
 STEPS = 4
 IMAGE_TOKEN = 2
 
@@ -112,12 +114,17 @@ def run_plain(model: MiniVLM) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-def make_engine(zero_stage: int, precision: str = "float32", model: MiniVLM | None = None) -> Engine:
+def make_engine(
+    zero_stage: int,
+    precision: str = "float32",
+    model: MiniVLM | None = None,
+    optimizer: OptimizerSettings = SETTINGS,
+) -> Engine:
     return Engine(
         model or tiny_vlm(),
         zero_stage=zero_stage,
         precision=precision,
-        optimizer=SETTINGS,
+        optimizer=optimizer,
         total_steps=STEPS,
         device=torch.device("cpu"),
     )
@@ -142,9 +149,58 @@ def test_bfloat16_stays_near_float32(zero_stage: int):
     assert_close(torch.tensor(engine_losses), torch.tensor(losses), atol=0.03, rtol=0)
 
 
+def run_plain_muon(model: MiniVLM) -> dict[str, Tensor]:
+    """Muon written out: momentum, Nesterov, orthogonalised by the singular vectors that Newton-Schulz approximates."""
+    momenta: dict[str, Tensor] = {}
+    adam_groups, hidden = (
+        muon_groups(model.named_parameters(), MUON)[:-1],
+        muon_groups(model.named_parameters(), MUON)[-1],
+    )
+    adam = torch.optim.AdamW([{key: group[key] for key in ("params", "weight_decay")} for group in adam_groups],
+                             lr=1.0, betas=(0.9, MUON.beta2))  # fmt: skip
+    chosen = {id(parameter) for parameter in hidden["params"]}
+    for step in range(STEPS):
+        loss = -torch.cat([model(batch).logps for batch in step_batches(step)]).mean()
+        loss.backward()
+        scale = learning_rate_at(step, STEPS, MUON) / MUON.learning_rate
+        for name, parameter in model.named_parameters():
+            if id(parameter) in chosen:
+                assert parameter.grad is not None
+                momenta[name] = momenta.get(name, torch.zeros_like(parameter)).lerp(parameter.grad, 0.05)
+                update = newton_schulz(parameter.grad.lerp(momenta[name], 0.95))
+                rate = scale * MUON.muon_learning_rate
+                with torch.no_grad():
+                    parameter.mul_(1 - rate * MUON.weight_decay).sub_(rate * update)
+        for group in adam.param_groups:
+            group["lr"] = learning_rate_at(step, STEPS, MUON)
+        adam.step()
+        model.zero_grad()
+    return dict(model.named_parameters())
+
+
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Five quintic iterations with Jordan's coefficients, times sqrt(rows / columns) where that is above 1."""
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])  # stage 0 clips gradients before either optimizer
+def test_muon_in_every_zero_stage_equals_muon_written_out(zero_stage: int):
+    expected = run_plain_muon(tiny_vlm())
+    engine = make_engine(zero_stage, optimizer=MUON)
+    run_engine(engine, range(STEPS))
+    weights = engine.gather_state_dict()
+    assert weights is not None
+    assert_close(weights, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("optimizer", [SETTINGS, MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize(("zero_stage", "precision"), [(0, "float32"), (2, "float32"), (2, "bfloat16"), (3, "float32")])
-def test_resume_equals_uninterrupted(zero_stage: int, precision: str, tmp_path: Path):
-    whole, first, second = (make_engine(zero_stage, precision) for _ in range(3))
+def test_resume_equals_uninterrupted(zero_stage: int, precision: str, optimizer: OptimizerSettings, tmp_path: Path):
+    whole, first, second = (make_engine(zero_stage, precision, optimizer=optimizer) for _ in range(3))
     run_engine(whole, range(STEPS))
     run_engine(first, range(2))
     first.save(tmp_path, {"step": 2})
