@@ -1,22 +1,17 @@
-"""What every job's command line shares: arguments, the Ray connection, and errors as one clear line.
+"""What every job's command line shares: arguments, and errors as one clear line.
 
-A job is `typer` arguments -> `load_config` -> one call of `minivlm.workflow` -> where the result is.
+A job is `typer` arguments -> `load_config` -> `connect` and one call of `minivlm.workflow` -> where the result is.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
 import typer
-from ray.data import DataContext
-from transformers.utils.logging import disable_progress_bar
 
-from minivlm.config import Config, ConfigError
+from minivlm.config import ConfigError
 from minivlm.data.errors import DataError
-from minivlm.log import quiet_libraries
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.serve.app import ServeError
 from minivlm.train.stages import TrainingError
@@ -39,36 +34,3 @@ def run_job(main: Callable[..., Any]) -> None:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def connect(config: Config) -> None:
-    """Attach to the cluster of `cluster.address` or of the surrounding Ray job, else start a local one.
-
-    Raises:
-        ConfigError: nothing answers at the address.
-    """
-    quiet_libraries()
-    DataContext.get_current().enable_progress_bars = False  # minivlm.log.Progress shows what matters
-    disable_progress_bar()
-    settings = config.cluster
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    environment = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
-    os.environ.update(environment)  # the driver is ours: Ray reads these when it starts
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "runtime_env": {"env_vars": environment},
-    }
-    if address:
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, ValueError) as error:
-            raise ConfigError(f"No Ray cluster answers at {address} ({error}). Start one: ray start --head") from None
-        return
-    ray.init(
-        num_cpus=settings.num_cpus,
-        object_store_memory=settings.object_store_bytes,
-        dashboard_host="127.0.0.1",
-        dashboard_port=settings.dashboard_port,
-        **common,
-    )

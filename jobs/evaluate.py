@@ -5,8 +5,9 @@ ray job submit --working-dir . -- python -m jobs.evaluate --config configs/tiny.
 
 from pathlib import Path
 
-from jobs.common import CONFIG, OVERRIDES, connect, run_job
+from jobs.common import CONFIG, OVERRIDES, run_job
 from minivlm.config import load_config
+from minivlm.workflow.cluster import connect
 from minivlm.workflow.steps import evaluate
 
 

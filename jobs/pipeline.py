@@ -9,8 +9,9 @@ from pathlib import Path
 
 import typer
 
-from jobs.common import CONFIG, DRY_RUN, OVERRIDES, connect, run_job
+from jobs.common import CONFIG, DRY_RUN, OVERRIDES, run_job
 from minivlm.config import load_config
+from minivlm.workflow.cluster import connect
 from minivlm.workflow.dry_run import describe
 from minivlm.workflow.pipeline import run_pipeline
 

@@ -5,8 +5,9 @@ ray job submit --working-dir . -- python -m jobs.prepare --config configs/tiny.y
 
 from pathlib import Path
 
-from jobs.common import CONFIG, DRY_RUN, OVERRIDES, connect, run_job
+from jobs.common import CONFIG, DRY_RUN, OVERRIDES, run_job
 from minivlm.config import load_config
+from minivlm.workflow.cluster import connect
 from minivlm.workflow.dry_run import describe
 from minivlm.workflow.steps import prepare
 

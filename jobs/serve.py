@@ -8,9 +8,10 @@ The same application on a cluster: MINIVLM_CONFIG=configs/gpu.yaml serve run ser
 import signal
 from pathlib import Path
 
-from jobs.common import CONFIG, OVERRIDES, connect, run_job
+from jobs.common import CONFIG, OVERRIDES, run_job
 from minivlm.config import load_config
 from minivlm.serve.app import check_port_free, start_server, stop_server
+from minivlm.workflow.cluster import connect
 
 
 def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:

@@ -5,9 +5,10 @@ ray job submit --working-dir . -- python -m jobs.tokenizer --config configs/tiny
 
 from pathlib import Path
 
-from jobs.common import CONFIG, OVERRIDES, connect, run_job
+from jobs.common import CONFIG, OVERRIDES, run_job
 from minivlm.config import load_config
 from minivlm.data.pipeline import prepare_samples, prepare_tokenizer
+from minivlm.workflow.cluster import connect
 
 
 def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:

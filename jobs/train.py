@@ -7,9 +7,10 @@ from pathlib import Path
 
 import typer
 
-from jobs.common import CONFIG, DRY_RUN, OVERRIDES, connect, run_job
+from jobs.common import CONFIG, DRY_RUN, OVERRIDES, run_job
 from minivlm.config import load_config
 from minivlm.config.base import StageName
+from minivlm.workflow.cluster import connect
 from minivlm.workflow.dry_run import describe
 from minivlm.workflow.steps import train
 

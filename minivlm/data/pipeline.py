@@ -5,6 +5,7 @@ in the driver; rows and pictures are worked on in Ray Data tasks and actors.
 """
 
 import json
+import logging
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -87,7 +88,8 @@ def prepare_features(config: Config, tower_path: str) -> FeatureCache:
     )
     encoded = encode_images(pictures, cache, tower, encoders, image_limits(config))
     stat = cache.stat()
-    _log.info(
+    _log.log(
+        logging.INFO if encoded else logging.DEBUG,
         "features: %d pictures asked for, %d encoded now; %d distinct / %d encoded ever = %.3f",
         len(pictures),
         encoded,

@@ -49,7 +49,7 @@ def train_clip(config: Config) -> Path:
     """
     target = layout.clip_dir(config)
     if (target / RESULT_FILE).exists():
-        log.info("clip is finished, nothing to do: %s", target)
+        log.debug("clip is finished, nothing to do: %s", target)
         return target
     check_resources(config)
     work = target.with_name(f".{target.name}.work")

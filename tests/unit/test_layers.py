@@ -28,7 +28,7 @@ HOMES = {  # library -> files that may import it
     "ray": (
         "minivlm/data/stream.py", "minivlm/data/encode.py", "minivlm/inference/*.py", "minivlm/train/launch.py",
         "minivlm/train/loop.py", "minivlm/train/feed.py", "minivlm/train/contrastive.py", "minivlm/tune/search.py",
-        "minivlm/serve/app.py", "minivlm/log.py", "jobs/*.py", "serve_app.py",
+        "minivlm/serve/app.py", "minivlm/log.py", "minivlm/workflow/cluster.py", "jobs/*.py", "serve_app.py",
     ),
     "deepspeed": ("minivlm/train/engine.py",),
     "mlflow": ("minivlm/tracking/*.py",),

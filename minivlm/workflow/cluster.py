@@ -1,0 +1,52 @@
+"""The connection of a job to Ray. Called by every job that needs a cluster."""
+
+import os
+from typing import Any
+
+import ray
+from ray.data import DataContext
+from transformers.utils.logging import disable_progress_bar
+
+from minivlm.config import Config, ConfigError
+from minivlm.log import quiet_libraries
+
+LOCAL_ENVIRONMENT = {
+    "RAY_worker_maximum_startup_concurrency": "8",  # starting waits for the disk, not only for a CPU
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that watches for spot nodes being taken away
+}
+"""Of clusters that we start on this machine; what is set already stays."""
+
+
+def connect(config: Config) -> None:
+    """Attach to the cluster of `cluster.address` or of the surrounding Ray job, else start a local one.
+
+    Raises:
+        ConfigError: nothing answers at the address.
+    """
+    quiet_libraries()
+    DataContext.get_current().enable_progress_bars = False  # minivlm.log.Progress shows what matters
+    disable_progress_bar()
+    settings = config.cluster
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    environment = {"TOKENIZERS_PARALLELISM": "false", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    if not address:
+        environment |= {name: os.environ.get(name, value) for name, value in LOCAL_ENVIRONMENT.items()}
+    os.environ.update(environment)  # the driver is ours: Ray reads these when it starts
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": environment},
+    }
+    if address:
+        try:
+            ray.init(address=address, **common)
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(f"No Ray cluster answers at {address} ({error}). Start one: ray start --head") from None
+        return
+    ray.init(
+        num_cpus=settings.num_cpus,
+        object_store_memory=settings.object_store_bytes,
+        dashboard_host="127.0.0.1",
+        dashboard_port=settings.dashboard_port,
+        **common,
+    )
