@@ -25,7 +25,7 @@ serve: setup  ## the champion behind an OpenAI-compatible endpoint and a chat pa
 	$(BIN)/python -m jobs.serve --config $(CONFIG)
 
 test: setup  ## unit tests, then real-cluster tests
-	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_ARGS)
 	$(BIN)/python -m pytest tests/integration $(PYTEST_ARGS)
 
 check: setup  ## style and types

@@ -27,7 +27,7 @@ def make_job(folder: Path, **changes: int) -> ClipJob:
     sizes = {"num_train": 26, "global_batch_size": 8, "total_steps": 6, "world_size": 2} | changes
     return ClipJob(
         clip={}, seed=3, work=folder, target=folder, num_pictures=1, num_val=0, num_test=0, threads=1, use_gpu=False,
-        vocab_size=9, bos_token_id=1, eos_token_id=0, **sizes,
+        precision="float32", vocab_size=9, bos_token_id=1, eos_token_id=0, **sizes,
     )  # fmt: skip
 
 
