@@ -17,7 +17,7 @@ import ray.train
 import ray.train.torch
 from ray.data import Dataset
 
-from minivlm.data.stream import UNSPLIT_BYTES, micro_batch_dataset
+from minivlm.data.stream import feed_trainers, micro_batch_dataset
 from minivlm.model.checkpoint import MANIFEST, newest_complete
 from minivlm.train.clip_batches import ClipJob, make_rows, num_blocks
 from minivlm.train.job import StageJob, plan_training
@@ -49,8 +49,7 @@ def clip_dataset(job: ClipJob) -> Dataset:
     dataset = ray.data.range(count, override_num_blocks=count).map_batches(
         partial(make_rows, job), batch_size=None, batch_format="pyarrow"
     )
-    dataset.context.target_max_block_size = UNSPLIT_BYTES
-    return dataset
+    return feed_trainers(dataset)
 
 
 def stage_worker(config: dict[str, StageJob]) -> dict[str, str]:
