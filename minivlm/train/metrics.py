@@ -56,6 +56,8 @@ class ProgressFollower:
         self._path, self._interval_s = path, interval_s
         self._seen, self._total, self._label = first_step, total_steps, label
         self._inode = self._offset = 0
+        if path.exists():  # of a run that died: the worker that continues writes a new file
+            self._inode, self._offset = path.stat().st_ino, path.stat().st_size
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="train-progress", daemon=True)
 

@@ -46,6 +46,19 @@ def test_progress_counts_steps_once_although_a_restart_writes_the_file_anew(
     assert "sft 5/6" in capsys.readouterr().err
 
 
+def test_progress_does_not_count_the_lines_of_a_run_that_died(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "metrics.jsonl"
+    dead = MetricsWriter(path, after_step=0)
+    for step in range(1, 6):
+        dead.write({"step": step, "train/loss": 1.0})
+    with ProgressFollower(path, first_step=0, total_steps=6, label="sft", interval_s=0.02):
+        time.sleep(0.2)
+        MetricsWriter(path, after_step=0).write({"step": 1, "train/loss": 1.0})
+        time.sleep(0.2)
+    assert "sft 1/6" in (shown := capsys.readouterr().err)
+    assert "sft 5/6" not in shown
+
+
 def test_validation_points_are_even_and_end_at_the_end():
     assert evenly_spaced(10, 1) == {10}
     assert evenly_spaced(10, 4) == {2, 5, 8, 10}
