@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,16 @@ def save(config: Config, samples: Sequence[Sample] = (), pairs: Sequence[Prefere
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return Config(storage_path=tmp_path, preferences=PreferencesConfig(max_pairs_per_question=2, num_samples=3))
+
+
+@pytest.mark.parametrize(
+    ("ask", "reasoned"), [(ASK, True), ("<image>\nHow many? Think step by step.", True), ("<image>\nHow many?", False)]
+)
+def test_a_chain_of_thought_is_expected_where_the_question_asks_for_one(config: Config, ask: str, reasoned: bool):
+    asked = replace(sample(0), messages=(Message("user", ask), Message("assistant", "3")))
+    save(config, [asked])
+    [prompt], _ = select_prompts(config)
+    assert prompt.reasoned is reasoned
 
 
 def test_prompts_need_a_known_answer_and_one_turn(config: Config) -> None:
