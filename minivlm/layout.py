@@ -91,8 +91,9 @@ def _data_key(config: Config) -> list[Any]:
 
 def _clip_key(config: Config) -> list[Any]:
     clip = config.clip
-    placement = {"encode_batch_size", "encode_precision", "num_encoders", "cpus_per_encoder", "gpus_per_encoder"}
-    values = clip.model_dump(mode="json", exclude=placement)
+    encoding = {"feature_layer", "encode_batch_size", "encode_precision"}
+    placement = {"num_encoders", "cpus_per_encoder", "gpus_per_encoder"}
+    values = clip.model_dump(mode="json", exclude=encoding | placement)
     return [_data_key(config), values, _values(config.tokenizer), config.train.precision]
 
 
@@ -101,7 +102,7 @@ def _run_key(config: Config, stage: StageName) -> list[Any]:
     numerics = [config.seed, train.num_workers, train.zero_stage, train.precision, train.pack_length_tokens]
     own = [stage, numerics, _values(getattr(train, stage))]
     if stage == "pretrain":
-        encoder = [config.clip.encode_batch_size, config.clip.encode_precision]
+        encoder = [config.clip.feature_layer, config.clip.encode_batch_size, config.clip.encode_precision]
         return [own, _clip_key(config), encoder, _values(config.model)]
     if stage == "sft":
         return [own, _run_key(config, "pretrain")]

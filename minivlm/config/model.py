@@ -39,6 +39,10 @@ class ClipConfig(Frozen):
     weight_decay: NonNegativeFloat = 0.1
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
 
+    feature_layer: int = Field(-1, lt=0)
+    """Layer whose outputs are the features, counted from the last. -1: MiniMind-V; -2: LLaVA's default, and better for
+    a tower trained here, whose last layer learns only for the class token."""
+
     encode_batch_size: PositiveInt = 64
     """Fixed batch shape of the encoder actors; part of the feature fingerprint."""
 

@@ -32,15 +32,22 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Tower:
-    """What an actor loads. Precision and batch size are part of the features' fingerprint."""
+    """What an actor loads. Precision, layer and batch size are part of the features' fingerprint."""
 
     path: str
     precision: str
+    feature_layer: int
     batch_size: int
 
     def load(self, device: str) -> VisionTower:
         """The frozen tower on a device."""
-        return VisionTower.load(self.path, precision=self.precision, batch_size=self.batch_size, device=device)
+        return VisionTower.load(
+            self.path,
+            precision=self.precision,
+            feature_layer=self.feature_layer,
+            batch_size=self.batch_size,
+            device=device,
+        )
 
 
 def encode_images(

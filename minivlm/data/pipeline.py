@@ -77,12 +77,12 @@ def prepare_tokenizer(config: Config) -> str:
 
 def prepare_features(config: Config, tower_path: str) -> FeatureCache:
     """Encode every picture of the prepared rows that the tower has not seen yet, and print the count."""
-    tower = Tower(tower_path, config.clip.encode_precision, config.clip.encode_batch_size)
+    clip = config.clip
+    tower = Tower(tower_path, clip.encode_precision, clip.feature_layer, clip.encode_batch_size)
     loaded = tower.load("cpu")
     shape = (loaded.num_image_tokens, loaded.hidden_size)
     cache = FeatureCache(layout.features_root(config), loaded.fingerprint, shape)
     pictures = load_pictures(prepare_samples(config))
-    clip = config.clip
     encoders = Encoders(
         clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, config.evaluation.threads_per_actor
     )

@@ -56,11 +56,13 @@ class Export:
     """Weights that were read; none was missing or unexpected."""
 
 
-def save_export(directory: Path, vlm: MiniVLM, *, tower_path: str, tokenizer_dir: Path) -> None:
+def save_export(
+    directory: Path, vlm: MiniVLM, *, tower_path: str, feature_layer: int = -1, tokenizer_dir: Path
+) -> None:
     """Write the export of `vlm` (whole weights on the CPU) with the tower and the tokenizer that it was trained with.
 
     Args:
-        tower_path: CLIP folder or hub id, as `VisionTower.load` reads it.
+        tower_path, feature_layer: CLIP folder or hub id, and its layer, as `VisionTower.load` reads them.
         tokenizer_dir: folder or hub id, as `load_tokenizer` reads it.
 
     Raises:
@@ -70,7 +72,7 @@ def save_export(directory: Path, vlm: MiniVLM, *, tower_path: str, tokenizer_dir
         raise ValueError("an export holds float32 weights: gather the engine's float32 copy into the model first")
     tower, image_processor = load_clip_vision(tower_path)
     tokenizer = load_tokenizer(tokenizer_dir)
-    config = _llava_config(vlm, tower, tokenizer)
+    config = _llava_config(vlm, tower, feature_layer, tokenizer)
     projector = _stock_projector(vlm.projector, config)
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(config)
@@ -97,7 +99,7 @@ def save_export(directory: Path, vlm: MiniVLM, *, tower_path: str, tokenizer_dir
 
 
 def load_export(directory: Path) -> Export:
-    """Read an export (or any stock LLaVA folder with a CLIP tower, layer -1, strategy `full`) in float32.
+    """Read an export (or any stock LLaVA folder with a CLIP tower, one layer, strategy `full`) in float32.
 
     Raises:
         CheckpointError: no export, weights missing or left over, or an architecture that we do not run.
@@ -133,10 +135,19 @@ def load_export_tower(
         model.load_state_dict(_vision_weights(directory))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} holds no complete vision tower: {error}") from error
-    return VisionTower(model, image_processor, precision=precision, batch_size=batch_size, device=device)
+    return VisionTower(
+        model,
+        image_processor,
+        precision=precision,
+        feature_layer=config.vision_feature_layer,
+        batch_size=batch_size,
+        device=device,
+    )
 
 
-def _llava_config(vlm: MiniVLM, tower: CLIPVisionModel, tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
+def _llava_config(
+    vlm: MiniVLM, tower: CLIPVisionModel, feature_layer: int, tokenizer: PreTrainedTokenizerFast
+) -> LlavaConfig:
     if token_id(tokenizer, IMAGE_PLACEHOLDER) != vlm.image_token_id:
         raise ValueError(
             f"the tokenizer's {IMAGE_PLACEHOLDER} is {token_id(tokenizer, IMAGE_PLACEHOLDER)}, but the model was "
@@ -157,7 +168,7 @@ def _llava_config(vlm: MiniVLM, tower: CLIPVisionModel, tokenizer: PreTrainedTok
         text_config=text,
         image_token_index=vlm.image_token_id,
         image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2 + CLASS_TOKEN,
-        vision_feature_layer=-1,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy="full",
         projector_hidden_act="linear" if is_linear else "gelu",
         multimodal_projector_bias=not is_linear,
@@ -227,8 +238,8 @@ def _load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
             f"{len(unexpected)} unexpected {unexpected[:3]}, mismatched {mismatched[:3]}"
         )
     config = llava.config
-    if (config.vision_feature_layer, config.vision_feature_select_strategy) != (-1, "full"):
-        raise CheckpointError(f"{directory}: only vision_feature_layer -1 with strategy `full` is supported")
+    if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
+        raise CheckpointError(f"{directory}: only one vision_feature_layer with strategy `full` is supported")
     if not isinstance(llava.model.vision_tower, CLIPVisionModel):
         raise CheckpointError(f"{directory}: the vision tower is {config.vision_config.model_type}, not CLIP")
     return llava, num_keys

@@ -40,16 +40,24 @@ class VisionTower:
         image_processor: CLIPImageProcessorPil,
         *,
         precision: str = "float32",
+        feature_layer: int = -1,
         batch_size: int,
         device: str = "cpu",
     ) -> None:
         """Take the float32 `model` over. `batch_size` is the fixed shape of every forward.
 
+        Args:
+            feature_layer: counted from the last, as transformers counts `hidden_states`; later layers are dropped.
+
         Raises:
-            ValueError: unknown precision, or a processor that crops to another size than the model's input.
+            ValueError: unknown precision, a layer that the tower has not, or a processor that crops to another size
+                than the model's input.
         """
         if precision not in PRECISIONS:
             raise ValueError(f"clip.encode_precision is `{precision}`: type float32 or bfloat16")
+        layers = model.encoder.layers
+        if not -len(layers) - 1 <= feature_layer <= -1:
+            raise ValueError(f"clip.feature_layer is {feature_layer}: the tower has layers -{len(layers) + 1} to -1")
         side = model.config.image_size
         crop = (image_processor.crop_size["height"], image_processor.crop_size["width"])
         if crop != (side, side):
@@ -58,20 +66,25 @@ class VisionTower:
         self.batch_size = batch_size
         self.precision = precision
         self.device = torch.device(device)
-        self.fingerprint = _fingerprint(model, image_processor, batch_size, precision)
+        self.fingerprint = _fingerprint(model, image_processor, [batch_size, precision, feature_layer])
+        model.encoder.layers = layers[: len(layers) + 1 + feature_layer]
         self.model = model.to(device=self.device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
         self.hidden_size: int = model.config.hidden_size
         self.num_image_tokens: int = (side // model.config.patch_size) ** 2 + 1
 
     @classmethod
-    def load(cls, path: str, *, precision: str = "float32", batch_size: int, device: str = "cpu") -> Self:
+    def load(
+        cls, path: str, *, precision: str = "float32", feature_layer: int = -1, batch_size: int, device: str = "cpu"
+    ) -> Self:
         """Read a CLIPModel or CLIPVisionModel folder, or a hub id.
 
         Raises:
             ValueError: no such tower, no preprocessor_config.json beside it, or weights that are not all there.
         """
-        model, image_processor = load_clip_vision(path)
-        return cls(model, image_processor, precision=precision, batch_size=batch_size, device=device)
+        model, processor = load_clip_vision(path)
+        return cls(
+            model, processor, precision=precision, feature_layer=feature_layer, batch_size=batch_size, device=device
+        )
 
     def preprocess(self, images: Sequence[Image]) -> Tensor:
         """RGB pictures of any size -> pixel_values [N, 3, H, W] float32, resized, centre-cropped and normalised."""
@@ -116,12 +129,10 @@ def load_clip_vision(path: str) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]
     return model, image_processor
 
 
-def _fingerprint(
-    model: CLIPVisionModel, image_processor: CLIPImageProcessorPil, batch_size: int, precision: str
-) -> str:
+def _fingerprint(model: CLIPVisionModel, image_processor: CLIPImageProcessorPil, numerics: list[int | str]) -> str:
     """16 hex digits of all that determines a feature."""
     settings = image_processor.to_dict()
-    digest = hashlib.sha256(json.dumps([batch_size, precision]).encode())
+    digest = hashlib.sha256(json.dumps(numerics).encode())
     digest.update(json.dumps({key: settings[key] for key in PREPROCESS_KEYS}, sort_keys=True, default=dict).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -42,8 +42,8 @@ from minivlm.train.stages import (
     count_totals,
 )
 
-WHITENING_PICTURES = 2000
-"""Pictures whose features a new projector is fitted to."""
+WHITENING_TOKENS = 20_000
+"""Image tokens that a new projector is fitted to."""
 
 Rows = Iterator[dict[str, Any]]
 
@@ -82,7 +82,7 @@ def initial_model(job: StageJob) -> MiniVLM:
     )
     text_size = language_model.config.get_text_config().hidden_size
     projector = build_projector(job.config.model.projector, job.vision_size, text_size, seed=job.config.seed)
-    digests = TokenTable.open(job.train_table).digests[:WHITENING_PICTURES]
+    digests = TokenTable.open(job.train_table).digests[: max(1, WHITENING_TOKENS // job.num_image_tokens)]
     if digests:
         whiten_input(projector, FeatureCache.open(job.features_dir).get(digests))
     return MiniVLM(projector, language_model, job.image_token_id)
@@ -257,6 +257,7 @@ class StageWorker:
                 folder[0] / "export",
                 self.export_model,
                 tower_path=job.tower_path,
+                feature_layer=job.config.clip.feature_layer,
                 tokenizer_dir=Path(job.tokenizer_path),
             )
             meta = {"stage": job.stage, "step": step, "world_size": self.world_size, "zero_stage": train.zero_stage}

@@ -59,6 +59,21 @@ def test_stock_transformers_computes_the_same(exported, clip_folder, pictures, a
         assert [token for token in new if token not in (0, 2)] == [token for token in answer if token not in (0, 2)]
 
 
+def test_an_earlier_layer_of_the_tower_is_written_and_read(tmp_path, make_vlm, clip_folder, tokenizer_folder, pictures):
+    vlm = make_vlm("qwen3", "linear")
+    places = {"tower_path": clip_folder, "tokenizer_dir": tokenizer_folder}
+    save_export(tmp_path, vlm, feature_layer=-2, **places)
+    stock, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    tower = load_export_tower(tmp_path, batch_size=1)
+    assert tower.fingerprint == VisionTower.load(clip_folder, feature_layer=-2, batch_size=1).fingerprint
+    ids = encode_prompt(load_export(tmp_path).tokenizer, [Message("user", QUESTION)], 5, num_images=1)
+    pixel_values = processor.image_processor(images=pictures[:1], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        theirs = stock(input_ids=torch.tensor([ids]), pixel_values=pixel_values).logits
+        embeds = vlm.embed(torch.tensor([ids]), tower.encode_exact(pixel_values), torch.tensor([0]))
+        assert_close(vlm.language_model(inputs_embeds=embeds).logits, theirs, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [True, False])

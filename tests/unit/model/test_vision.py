@@ -25,6 +25,21 @@ def test_features_are_the_last_hidden_states_with_the_class_token(tower, clip_fo
     assert (tower.num_image_tokens, tower.hidden_size) == (5, 32)
 
 
+@pytest.mark.parametrize("layer", [-2, -3])
+def test_an_earlier_layer_can_be_read(clip_folder, pictures, layer):
+    tower = VisionTower.load(clip_folder, feature_layer=layer, batch_size=4)
+    pixel_values = tower.preprocess(pictures[:4])
+    with torch.no_grad():
+        vision = CLIPModel.from_pretrained(clip_folder).vision_model
+        expected = vision(pixel_values, output_hidden_states=True).hidden_states[layer]
+    assert torch.equal(tower.encode(pixel_values), expected.bfloat16())
+
+
+def test_a_layer_that_the_tower_has_not_is_refused(clip_folder):
+    with pytest.raises(ValueError, match=r"clip\.feature_layer is -9"):
+        VisionTower.load(clip_folder, feature_layer=-9, batch_size=4)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_picture_is_encoded_the_same_in_any_company(clip_folder, pictures, precision):
     tower = VisionTower.load(clip_folder, precision=precision, batch_size=4)
@@ -44,13 +59,13 @@ def test_fingerprint_names_all_that_matters(clip_folder):
     def fingerprint(**changes):
         return VisionTower.load(clip_folder, **({"batch_size": 4, "precision": "float32"} | changes)).fingerprint
 
-    others = [fingerprint(batch_size=8), fingerprint(precision="bfloat16")]
+    others = [fingerprint(batch_size=8), fingerprint(precision="bfloat16"), fingerprint(feature_layer=-2)]
     altered = VisionTower.load(clip_folder, batch_size=4)
     altered.image_processor.image_mean = [0.5, 0.5, 0.5]
     altered.model.post_layernorm.bias.data += 1
     others.append(VisionTower(altered.model, altered.image_processor, batch_size=4).fingerprint)
     assert fingerprint() == fingerprint()
-    assert len({fingerprint(), *others}) == 4
+    assert len({fingerprint(), *others}) == 5
 
 
 def test_missing_tower_says_what_to_type(tmp_path):
