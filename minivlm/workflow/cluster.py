@@ -11,7 +11,7 @@ from minivlm.config import Config, ConfigError
 from minivlm.log import quiet_libraries
 
 LOCAL_ENVIRONMENT = {
-    "RAY_worker_maximum_startup_concurrency": "8",  # starting waits for the disk, not only for a CPU
+    "RAY_worker_maximum_startup_concurrency": "8",  # one per core is Ray's, which warns when more processes wait
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that watches for spot nodes being taken away
 }
 """Of clusters that we start on this machine; what is set already stays."""

@@ -6,6 +6,8 @@ import pytest
 
 from minivlm import layout
 from minivlm.config import Config, ConfigError, load_config
+from minivlm.config.base import cpu_has_bfloat16
+from minivlm.config.train import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -87,3 +89,26 @@ def test_an_edited_source_file_is_new_data(empty, tmp_path):
     before = layout.samples_dir(load_config(empty, overrides))
     source.write_text("[ ]")
     assert layout.samples_dir(load_config(empty, overrides)) != before
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize(
+    ("values", "on_fast", "on_slow"),
+    [
+        ({"precision": "auto"}, "bfloat16", "float32"),
+        ({"precision": "auto", "use_gpu": True}, "bfloat16", "bfloat16"),
+        ({"precision": "float32"}, "float32", "float32"),
+        ({"precision": "bfloat16"}, "bfloat16", "bfloat16"),
+    ],
+)
+def test_automatic_precision_follows_the_hardware(monkeypatch, has_bfloat16, values, on_fast, on_slow):
+    monkeypatch.setattr("minivlm.config.train.cpu_has_bfloat16", lambda: has_bfloat16)
+    assert TrainConfig(**values).precision == (on_fast if has_bfloat16 else on_slow)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fma avx2", False), ("avx512f avx512_bf16", True), ("bf16 i8mm", True)]
+)
+def test_bfloat16_is_read_off_the_cpu(monkeypatch, flags, expected):
+    monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}\n")
+    assert cpu_has_bfloat16() is expected

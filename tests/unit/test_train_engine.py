@@ -150,7 +150,7 @@ def test_bfloat16_stays_near_float32(zero_stage: int):
 
 
 def run_plain_muon(model: MiniVLM) -> dict[str, Tensor]:
-    """Muon written out: momentum, Nesterov, orthogonalised by the singular vectors that Newton-Schulz approximates."""
+    """Muon written out: momentum, Nesterov, and the update orthogonalised by `newton_schulz`; AdamW for the rest."""
     momenta: dict[str, Tensor] = {}
     adam_groups, hidden = (
         muon_groups(model.named_parameters(), MUON)[:-1],
@@ -159,6 +159,9 @@ def run_plain_muon(model: MiniVLM) -> dict[str, Tensor]:
     adam = torch.optim.AdamW([{key: group[key] for key in ("params", "weight_decay")} for group in adam_groups],
                              lr=1.0, betas=(0.9, MUON.beta2))  # fmt: skip
     chosen = {id(parameter) for parameter in hidden["params"]}
+    assert {name.split(".")[-2] for name, parameter in model.named_parameters() if id(parameter) in chosen} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
     for step in range(STEPS):
         loss = -torch.cat([model(batch).logps for batch in step_batches(step)]).mean()
         loss.backward()
