@@ -97,7 +97,7 @@ class MiniworldConfig(Frozen):
     reasoning_max_objects: PositiveInt = 6
     """Most shapes in a scene made for reasoning questions, 3 to 9: more make the task harder."""
 
-    chinese_fraction: float = Field(0.12, ge=0, le=1)
+    chinese_fraction: float = Field(0.1, ge=0, le=1)
     """Share of captions and of direct questions about one picture that are Chinese."""
 
 

@@ -107,7 +107,7 @@ def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
         elif config.preferences.max_questions is not None and len(prompts) >= config.preferences.max_questions:
             skipped["over_max_questions"] += 1
         else:
-            reasoned = any(_asks_for_reasoning(message.content) for message in sample.messages)
+            reasoned = any(MARKER.search(message.content) for message in sample.messages)
             prompts[sample.image_sha256, turns[0]] = Prompt(sample, sample.answer, reasoned)
     if not prompts:
         raise DataError(
@@ -115,11 +115,6 @@ def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
             "Give rows an `answer`, list a source under data.prompts, or bring pairs under data.mpo"
         )
     return sorted(prompts.values(), key=lambda prompt: prompt.sample.sample_id), skipped
-
-
-def _asks_for_reasoning(text: str) -> bool:
-    """Whether a turn names the format of a chain of thought, or asks for one in the usual words."""
-    return bool(MARKER.search(text)) or "step by step" in text.lower()
 
 
 def make_pairs(

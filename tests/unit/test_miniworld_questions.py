@@ -5,9 +5,9 @@ from random import Random
 
 import pytest
 
-from minivlm.data.miniworld.questions import ASK, caption
+from minivlm.data.miniworld.questions import ASK, caption, count_all, list_shapes, locate_all
 from minivlm.data.miniworld.reasoning import ask_reasoning
-from minivlm.data.miniworld.scene import COLOURS, Scene, Shape, draw_scene
+from minivlm.data.miniworld.scene import Scene, Shape, draw_scene
 
 SCENE = Scene(
     (Shape(0, "large", "red", "ring"), Shape(4, "small", "blue", "cross"), Shape(5, "small", "red", "cross")),
@@ -37,24 +37,37 @@ def test_colour_and_shape_ask_only_about_what_is_unique():
 
 def test_counts_are_right_and_zero_is_asked_too():
     counts = ask_often("count")
-    assert counts["How many crosses are there?"] == "2"
     assert counts["How many red shapes are there?"] == "2"
-    assert counts["How many squares are there?"] == "0"
+    assert counts["How many blue shapes are there?"] == "1"
+    assert counts["How many green shapes are there?"] == "0"
 
 
-def test_existence_is_about_colour_and_form_together():
-    assert set(ask_often("existence").values()) == {"yes"}
+def test_existence_is_asked_as_wanted_or_not_at_all():
+    assert ask_often("existence") == {"Is there a red shape?": "yes", "Is there a blue shape?": "yes"}
     absent = ask_often("existence", want_yes=False)
-    assert set(absent.values()) == {"no"}
-    assert "Is there a blue ring?" in absent
-    assert "Is there a red cross?" not in absent
+    assert absent == {"Is there a green shape?": "no", "Is there a yellow shape?": "no"}
+    assert ASK["existence"](Scene(()), Random(0), "en", True) is None
 
 
-def test_relations_follow_columns_and_rows():
-    relations = ask_often("relation")
-    assert relations["Is the red ring left or right of the blue cross?"] == "left"
-    assert relations["Is the red cross above or below the red ring?"] == "below"
-    assert "Is the red cross above or below the blue cross?" not in relations
+def test_relations_are_of_shapes_with_a_colour_of_their_own_to_the_centre():
+    scene = Scene((*SCENE.shapes, Shape(8, "small", "green", "ring"), Shape(1, "large", "yellow", "ring")))
+    questions = [ASK["relation"](scene, Random(seed), "en", True) for seed in range(200)]
+    assert {question.text: question.answer for question in questions} == {
+        "Is the green shape left or right of the center?": "right",
+        "Is the green shape above or below the center?": "below",
+        "Is the yellow shape above or below the center?": "above",
+    }
+    assert ASK["relation"](SCENE, Random(0), "en", True) is None
+
+
+def test_a_list_names_forms_before_colours():
+    assert list_shapes(SCENE, Random(0)).answer == "ring red, cross blue, cross red, text K7"
+
+
+def test_tallies_and_places_say_what_the_questions_would():
+    tally = dict(re.fullmatch(r"(\w+)(\d)", part).groups() for part in count_all(SCENE, Random(0)).answer.split(", "))
+    assert tally == {"red": "2", "blue": "1", "green": "0", "yellow": "0"}
+    assert locate_all(SCENE, Random(0)).answer == "red left above, blue middle middle, red right middle"
 
 
 def test_the_code_is_read():
@@ -67,19 +80,17 @@ def test_every_step_of_a_chain_of_thought_is_true(seed):
     random = Random(seed)
     scene = draw_scene(random, split="train", min_shapes=3, max_shapes=6)
     question = ask_reasoning(scene, random)
-    *groups, last, final = question.response.split("\n")
-    numbers = []
-    for line, step in zip(groups[::2], groups[1::2], strict=True):
-        name, cells = line.split(": ")
-        places = [s.place for s in scene.shapes if name in (s.colour, s.shape, s.size)]
-        assert cells == (" ".join(places) or "none")
-        count, *product = (int(number) for number in re.findall(r"\d+", step))
-        assert count == len(places)
-        numbers.append(product[1] if product else count)
-        assert not product or product[1] == count * product[0]
-        assert f"{name} shape" in question.text or (name not in COLOURS and name in question.text)
-    sign = 1 if "+" in last else -1
-    total = numbers[0] + sign * numbers[1]
+    shapes, tally, *steps, last, final = question.response.split("\n")
+    assert shapes == ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
+    counts = [(name, int(n)) for name, n in (re.fullmatch(r"(\w+)(\d)", part).groups() for part in tally.split(", "))]
+    assert all(n == sum(s.colour == name for s in scene.shapes) for name, n in counts)
+    assert question.text.index(counts[0][0]) < question.text.index(counts[1][0])
+    numbers = [n for _, n in counts]
+    for i, step in enumerate(steps):
+        count, points, product = (int(number) for number in re.findall(r"\d+", step))
+        assert (count, product) == (numbers[i], count * points)
+        numbers[i] = product
+    total = numbers[0] + (1 if steps else -1) * numbers[1]
     assert last.endswith(f"={total}")
     assert final == f"Final answer: {total}"
     assert question.answer == str(total)

@@ -11,6 +11,7 @@ from minivlm.config import Config
 from minivlm.config.data import DataConfig, SourceConfig
 from minivlm.config.train import PreferencesConfig
 from minivlm.data.errors import DataError
+from minivlm.data.miniworld.reasoning import PROMPT
 from minivlm.data.samples import SampleWriter, pair_columns, sample_columns
 from minivlm.data.tokenizer import train_tokenizer
 from minivlm.layout import pairs_dir, samples_dir
@@ -45,7 +46,7 @@ def config(tmp_path: Path) -> Config:
 
 
 @pytest.mark.parametrize(
-    ("ask", "reasoned"), [(ASK, True), ("<image>\nHow many? Think step by step.", True), ("<image>\nHow many?", False)]
+    ("ask", "reasoned"), [(ASK, True), (f"<image>\nHow many? {PROMPT}", True), ("<image>\nHow many?", False)]
 )
 def test_a_chain_of_thought_is_expected_where_the_question_asks_for_one(config: Config, ask: str, reasoned: bool):
     asked = replace(sample(0), messages=(Message("user", ask), Message("assistant", "3")))

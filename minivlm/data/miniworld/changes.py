@@ -6,35 +6,48 @@ from random import Random
 from minivlm.data.miniworld.questions import Question
 from minivlm.data.miniworld.scene import COLOURS, GRID, Scene, Shape, draw_scene, draw_shape
 
-DIFFERENCES = ("added", "removed", "moved", "turned")
-EVENTS = ("moves left", "moves right", "moves up", "moves down", "appears", "disappears", "changes color")
-_STEPS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
+Change = tuple[list[Scene], Question]
+"""Pictures in order, and the question about them."""
+
+DIFFERENCES = ("added", "removed", "moved", "recolored")
+EVENTS = ("moves", "appears", "disappears", "changes color")
+_DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))
+_BACK = {"added": "removed", "removed": "added", "appears": "disappears", "disappears": "appears"}
 
 
-def draw_difference(random: Random, *, split: str, max_shapes: int, kind: str) -> tuple[list[Scene], Question]:
-    """Two scenes that differ in one shape: added, removed, moved to another cell, or turned to another colour."""
+def draw_difference(random: Random, split: str, max_shapes: int, kind: str) -> tuple[Change, Change]:
+    """Two scenes that differ in one shape: added, removed, moved to another cell, or given another colour.
+
+    Returns:
+        The change, and the same pictures the other way round.
+    """
     first = draw_scene(random, split=split, min_shapes=2, max_shapes=max_shapes - 1)
     shapes = list(first.shapes)
     if kind == "added":
         actor = draw_shape(random, random.choice(first.free_cells))
-        answer, shapes = f"{actor.colour} {actor.shape} added", [*shapes, actor]
+        shapes.append(actor)
     else:
         actor = random.choice(shapes)
         shapes.remove(actor)
-        answer = f"{actor.colour} {actor.shape} {kind}"
     if kind == "moved":
         shapes.append(replace(actor, cell=random.choice(first.free_cells)))
-    if kind == "turned":
-        colour = _other_colour(random, actor.colour)
-        answer, shapes = f"{answer} {colour}", [*shapes, replace(actor, colour=colour)]
-    return [first, first.with_shapes(shapes)], Question("difference", "What changed?", answer, answer)
+    if kind == "recolored":
+        shapes.append(replace(actor, colour=_other_colour(random, actor.colour)))
+    second = first.with_shapes(shapes)
+    back = _BACK.get(kind, kind)
+    return _change("difference", [first, second], kind), _change("difference", [second, first], back)
 
 
-def draw_sequence(random: Random, *, split: str, max_shapes: int, event: str) -> tuple[list[Scene], Question]:
-    """Three frames: one shape moves a cell per frame, appears, disappears or changes its colour; the others stay."""
+def draw_sequence(random: Random, split: str, max_shapes: int, event: str) -> tuple[Change, Change]:
+    """Three frames: one shape moves a cell per frame, appears, disappears or changes its colour; the others stay.
+
+    Returns:
+        The sequence, and the same frames the other way round.
+    """
+    direction = random.choice(_DIRECTIONS) if event == "moves" else (0, 0)
     while True:
         still = draw_scene(random, split=split, min_shapes=2, max_shapes=max(2, max_shapes - 1))
-        path = _path(random, still, event)
+        path = _path(random, still, direction)
         if path:
             break
     actor = draw_shape(random, path[0])
@@ -48,12 +61,17 @@ def draw_sequence(random: Random, *, split: str, max_shapes: int, event: str) ->
         elif event == "changes color" and t >= turn:
             now = replace(actor, colour=colour)
         frames.append(still.with_shapes([*still.shapes, now] if now else list(still.shapes)))
-    return frames, Question("sequence", "What happens?", event, event)
+    return _change("sequence", frames, event), _change("sequence", frames[::-1], _BACK.get(event, event))
 
 
-def _path(random: Random, still: Scene, event: str) -> list[int]:
-    """Three free cells in the direction of the event (one cell three times where nothing moves); [] without any."""
-    across, down = _STEPS.get(event, (0, 0))
+def _change(task: str, scenes: list[Scene], answer: str) -> Change:
+    text = "What was done to a shape?" if task == "difference" else "What happens?"
+    return scenes, Question(task, text, answer, answer)
+
+
+def _path(random: Random, still: Scene, direction: tuple[int, int]) -> list[int]:
+    """Three free cells in the direction (one cell three times where it is (0, 0)); [] without any."""
+    across, down = direction
     free = set(still.free_cells)
     paths = []
     for cell in still.free_cells:

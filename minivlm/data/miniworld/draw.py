@@ -19,9 +19,11 @@ _OUTLINE = 0.08
 """Width of the outline, in cells."""
 
 _HOLE = 0.42
-"""Hole of a ring and half width of a cross's arms, in radii."""
+"""Hole of a ring, in radii."""
 
 _ARM = 0.42
+"""Half the width of a cross's arms, in radii."""
+
 _SUPERSAMPLING = 4
 
 
@@ -74,7 +76,7 @@ def _draw_shape(shape: str, radius: float, edge: float, side: int) -> Image.Imag
         pen.rectangle(box(radius * _ARM - edge, radius - edge), fill=255)
     else:
         top, bottom = middle - radius + 2 * edge, middle + radius * 0.8 - edge
-        reach = radius * (bottom - top) / (1.8 * radius)
+        reach = (bottom - top) / 1.8
         pen.polygon([(middle, top), (middle + reach, bottom), (middle - reach, bottom)], fill=255)
     return mask
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from minivlm.data.miniworld.scene import COLOURS, SHAPES, Scene, Shape
+from minivlm.data.miniworld.scene import COLOURS, Scene, Shape
 
 CHINESE = {
     "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
@@ -39,6 +39,32 @@ def caption(scene: Scene, random: Random, language: str) -> Question:
     return Question("caption", text, answer, answer, language)
 
 
+def list_shapes(scene: Scene, random: Random) -> Question:
+    """Form, then colour, of every shape in reading order: the caption's other way round."""
+    parts = [f"{s.shape} {s.colour}" for s in scene.shapes]
+    answer = ", ".join(parts + ([f"text {scene.code}"] if scene.code else []))
+    return Question("list", "List the shapes.", answer, answer)
+
+
+def count_all(scene: Scene, random: Random) -> Question:
+    """How many shapes there are of each colour, in any order."""
+    names = random.sample(COLOURS, len(COLOURS))
+    answer = ", ".join(f"{name}{count_of(scene, name)}" for name in names)
+    return Question("tally", "Count the colors.", answer, answer)
+
+
+def locate_all(scene: Scene, random: Random) -> Question:
+    """Every shape in reading order: its colour, and on which side of the centre it lies across and down."""
+    parts = [f"{s.colour} {_side(s.column, 'left', 'right')} {_side(s.row, 'above', 'below')}" for s in scene.shapes]
+    answer = ", ".join(parts)
+    return Question("places", "Where are the shapes?", answer, answer)
+
+
+def count_of(scene: Scene, name: str) -> int:
+    """How many shapes have the colour `name`."""
+    return sum(s.colour == name for s in scene.shapes)
+
+
 def describe(shape: Shape) -> str:
     """`large red ring`."""
     return f"{shape.size} {shape.colour} {shape.shape}"
@@ -69,50 +95,40 @@ def ask_shape(scene: Scene, random: Random, language: str, want_yes: bool) -> Qu
 
 
 def ask_count(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
-    """How many shapes have one colour or one form. The count is drawn first, larger ones more often than they occur."""
+    """How many shapes have one colour. The count is drawn first, each that occurs as often as another."""
     names: dict[int, list[str]] = {}
-    for name in COLOURS + SHAPES:
-        names.setdefault(sum(name in (s.colour, s.shape) for s in scene.shapes), []).append(name)
-    counts = sorted(names)
-    count = random.choices(counts, [1 + 2 * c for c in counts])[0]
+    for name in COLOURS:
+        names.setdefault(count_of(scene, name), []).append(name)
+    count = random.choice(sorted(names))
     name = random.choice(names[count])
-    if language == "zh":
-        return _question("count", f"有几个{CHINESE[name]}？", str(count), language)
-    plural = f"{name} shapes" if name in COLOURS else plural_of(name)
-    return _question("count", f"How many {plural} are there?", str(count), language)
+    text = f"有几个{CHINESE[name]}的？" if language == "zh" else f"How many {name} shapes are there?"
+    return _question("count", text, str(count), language)
 
 
 def ask_existence(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
-    """Whether a colour and a form occur in one shape. Half of the absent ones have their parts in two shapes."""
-    present = {(s.colour, s.shape) for s in scene.shapes}
-    mixed = [(a.colour, b.shape) for a in scene.shapes for b in scene.shapes if (a.colour, b.shape) not in present]
-    absent = [(c, f) for c in COLOURS for f in SHAPES if (c, f) not in present]
-    if want_yes:
-        colour, form = random.choice(sorted(present))
-    else:
-        colour, form = random.choice(mixed if mixed and random.random() < 0.5 else absent)
-    answer = "yes" if want_yes else "no"
-    if language == "zh":
-        return _question("existence", f"有{CHINESE[colour]}{CHINESE[form]}吗？", answer, language)
-    return _question("existence", f"Is there a {colour} {form}?", answer, language)
+    """Whether a colour occurs; None where yes is wanted and no colour does, or no is wanted and all do."""
+    names = [name for name in COLOURS if (count_of(scene, name) > 0) == want_yes]
+    if not names:
+        return None
+    name = random.choice(names)
+    text = f"有{CHINESE[name]}的吗？" if language == "zh" else f"Is there a {name} shape?"
+    return _question("existence", text, "yes" if want_yes else "no", language)
 
 
 def ask_relation(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
-    """On which side of one shape another lies; None where no two shapes can be named and told apart on an axis."""
-    kinds = Counter((s.colour, s.shape) for s in scene.shapes)
-    named = [s for s in scene.shapes if kinds[(s.colour, s.shape)] == 1]
-    axis = random.choice(("column", "row"))
-    pairs = [(a, b) for a in named for b in named if _along(a, axis) != _along(b, axis)]
-    if not pairs:
+    """On which side of the centre the only shape of its colour lies; None where no such shape is beside it."""
+    colours = Counter(s.colour for s in scene.shapes)
+    words = random.choice((("left", "right"), ("above", "below")))
+    sides = [(s.colour, _side(s.column if words[0] == "left" else s.row, *words)) for s in scene.shapes]
+    candidates = [(colour, side) for colour, side in sides if colours[colour] == 1 and side in words]
+    if not candidates:
         return None
-    first, second = random.choice(pairs)
-    low, high = ("left", "right") if axis == "column" else ("above", "below")
-    answer = low if _along(first, axis) < _along(second, axis) else high
+    colour, side = random.choice(candidates)
     if language == "zh":
-        names = [CHINESE[s.colour] + CHINESE[s.shape] for s in (first, second)]
-        return _question("relation", f"{names[0]}在{names[1]}的{CHINESE[low]}还是{CHINESE[high]}？", answer, language)
-    text = f"Is the {first.colour} {first.shape} {_or(low, high)} the {second.colour} {second.shape}?"
-    return _question("relation", text, answer, language)
+        text = f"{CHINESE[colour]}的在中心的{CHINESE[words[0]]}还是{CHINESE[words[1]]}？"
+    else:
+        text = f"Is the {colour} shape {words[0]} or {words[1]}{' of' if words[0] == 'left' else ''} the center?"
+    return _question("relation", text, side, language)
 
 
 def ask_ocr(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
@@ -133,19 +149,11 @@ ASK: dict[str, Callable[[Scene, Random, str, bool], Question | None]] = {
 }
 
 
-def plural_of(form: str) -> str:
-    """`rings`, `crosses`."""
-    return f"{form}es" if form.endswith("s") else f"{form}s"
-
-
 def _question(task: str, text: str, answer: str, language: str) -> Question:
     answer = CHINESE.get(answer, answer) if language == "zh" else answer
     return Question(task, text, answer, answer, language)
 
 
-def _along(shape: Shape, axis: str) -> int:
-    return shape.column if axis == "column" else shape.row
-
-
-def _or(low: str, high: str) -> str:
-    return "left or right of" if low == "left" else "above or below"
+def _side(place: int, low: str, high: str) -> str:
+    """`low` or `high` of the middle column or row, or `middle`."""
+    return (low, "middle", high)[place]

@@ -1,60 +1,44 @@
-"""Two-step questions answered as a chain of thought: list the shapes of two groups, count, calculate."""
+"""Two-step questions answered as a chain of thought: go through the shapes, count two groups, calculate."""
 
 from random import Random
 
-from minivlm.data.miniworld.questions import Question, plural_of
-from minivlm.data.miniworld.scene import COLOURS, SHAPES, SIZES, Scene
+from minivlm.data.miniworld.questions import Question, count_of
+from minivlm.data.miniworld.scene import COLOURS, Scene
 
-PROMPT = "Think step by step."
+PROMPT = "Think step by step and end with 'Final answer: ..'."
 MAX_POINTS = 3
 
 
 def ask_reasoning(scene: Scene, random: Random) -> Question:
-    """Either the points that two groups of shapes give together, or how many more there are of one than of the other.
+    """The points that the shapes of two colours give together, or how many more there are of one than the other.
 
-    Groups are all shapes of one form, colour or size. At least one of the two is in the picture.
+    The chain of thought names every shape in reading order, then counts.
     """
-    first, second = _draw_groups(scene, random)
-    places = [_places(scene, name) for name in (first, second)]
-    counts = [len(cells) for cells in places]
+    first, second = _draw_colours(scene, random)
+    counts = [count_of(scene, name) for name in (first, second)]
     if random.random() < 0.5:
         points = [random.randint(1, MAX_POINTS) for _ in range(2)]
-        text = (
-            f"Each {_singular(first)} gives {points[0]} points, each {_singular(second)} {points[1]}. How many in all?"
-        )
+        text = f"Each {first} shape gives {points[0]} points, each {second} one {points[1]}. How many in all?"
         products = [count * value for count, value in zip(counts, points, strict=True)]
-        steps = [f"{n}x{v}={p}" for n, v, p in zip(counts, points, products, strict=True)]
         total = sum(products)
-        last = f"{products[0]}+{products[1]}={total}"
+        steps = [f"{n}x{v}={p}" for n, v, p in zip(counts, points, products, strict=True)]
+        steps.append(f"{products[0]}+{products[1]}={total}")
     else:
         if counts[0] < counts[1]:
-            first, second, places, counts = second, first, places[::-1], counts[::-1]
-        text = f"How many more {_plural(first)} than {_plural(second)} are there?"
-        steps = [str(count) for count in counts]
+            first, second, counts = second, first, counts[::-1]
+        text = f"How many more {first} than {second} shapes are there?"
         total = counts[0] - counts[1]
-        last = f"{counts[0]}-{counts[1]}={total}"
-    lines = [f"{name}: {' '.join(cells) or 'none'}\n{step}"
-             for name, cells, step in zip((first, second), places, steps, strict=True)]  # fmt: skip
-    response = "\n".join([*lines, last, f"Final answer: {total}"])
+        steps = [f"{counts[0]}-{counts[1]}={total}"]
+    shapes = [f"{s.colour} {s.shape}" for s in scene.shapes]
+    tally = [f"{name}{n}" for name, n in zip((first, second), counts, strict=True)]
+    response = "\n".join([", ".join(shapes), ", ".join(tally), *steps, f"Final answer: {total}"])
     return Question("reasoning", f"{text} {PROMPT}", str(total), response)
 
 
-def _draw_groups(scene: Scene, random: Random) -> tuple[str, str]:
-    """Two different names of groups, present ones much more often than absent ones."""
-    present = sorted({name for s in scene.shapes for name in (s.colour, s.shape)})
+def _draw_colours(scene: Scene, random: Random) -> tuple[str, str]:
+    """Two different colours, the first present and the second mostly."""
+    present = sorted({s.colour for s in scene.shapes})
     first = random.choice(present)
-    names = present if random.random() < 0.8 else list(COLOURS + SHAPES + SIZES)
+    names = present if random.random() < 0.8 and len(present) > 1 else list(COLOURS)
     second = random.choice([name for name in names if name != first])
     return first, second
-
-
-def _places(scene: Scene, name: str) -> list[str]:
-    return [s.place for s in scene.shapes if name in (s.colour, s.shape, s.size)]
-
-
-def _singular(name: str) -> str:
-    return name if name in SHAPES else f"{name} shape"
-
-
-def _plural(name: str) -> str:
-    return plural_of(name) if name in SHAPES else f"{name} shapes"

@@ -16,14 +16,24 @@ from typing import Any
 
 from minivlm.data.miniworld.changes import DIFFERENCES, EVENTS, draw_difference, draw_sequence
 from minivlm.data.miniworld.draw import draw_picture
-from minivlm.data.miniworld.questions import ASK, Question, caption
+from minivlm.data.miniworld.questions import ASK, Question, caption, count_all, list_shapes, locate_all
 from minivlm.data.miniworld.reasoning import ask_reasoning
 from minivlm.data.miniworld.scene import GRID, Scene, draw_scene
 
 FILES = ("pretrain", "sft", "prompts")
 CAPTION_SHARE = 0.25
-"""Share of training conversations that end with the caption, so that instruction tuning does not forget it."""
+"""Share of training scenes whose caption is asked for in SFT too, so that it is not forgotten."""
+
+CONVERSATION_SHARE = 0.1
+"""Share of training scenes whose questions are the turns of one conversation. Small, because earlier turns tell what
+later ones ask, so that less is learned from the picture."""
+
+DENSE = (list_shapes, count_all, locate_all)
+"""Two of these are asked of each training scene beside its questions: from many facts at once more is learned."""
+
 Row = dict[str, Any]
+Conversation = tuple[str, list[int], list[Question]]
+"""File, places of its pictures among the scenes drawn, and one question per turn."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ def build_miniworld(
 
     The arguments are the fields of the miniworld settings, which document them. The result depends on nothing else.
     `prompts.json` holds reasoning questions on training scenes of their own, with the truth but no chain of thought.
-    Training rows about one picture are one conversation of several turns; val and test rows ask one question each.
+    A training picture has a row per question, or some as one conversation; a pair or sequence is asked both ways round.
 
     Returns:
         Number of rows per file and split (`sft/train`), of test questions per task (`test/colour`), and of `pictures`.
@@ -136,31 +146,52 @@ def _plan_held_out(split: str, questions_per_task: int, reasoning: int) -> Itera
 def _draw(planned: Planned, recipe: _Recipe, out_dir: Path) -> Iterator[tuple[str, Row]]:
     """Draw one planned scene, save its pictures, and yield (file, row) for each conversation about it."""
     random = Random(f"{recipe.seed} {planned.name}")
-    split = planned.split
-    if planned.kind == "difference":
-        kind = DIFFERENCES[planned.number % len(DIFFERENCES)]
-        scenes, question = draw_difference(random, split=split, max_shapes=recipe.max_objects, kind=kind)
-        files = {"sft": [question]}
-    elif planned.kind == "sequence":
-        event = EVENTS[planned.number % len(EVENTS)]
-        scenes, question = draw_sequence(random, split=split, max_shapes=recipe.max_objects, event=event)
-        files = {"sft": [question]}
+    if planned.kind in ("difference", "sequence"):
+        scenes, conversations = _changes(random, planned, recipe)
     elif planned.kind == "scene":
-        scene, questions = _draw_asked(random, planned, recipe)
-        scenes = [scene]
-        if split == "train" and random.random() < CAPTION_SHARE:
-            questions.append(caption(scene, random, _language(random, recipe)))
-        files = {"sft": questions, "pretrain": [caption(scene, random, _language(random, recipe))]}
+        scenes, conversations = _questions(random, planned, recipe)
     else:
-        scenes = [draw_scene(random, split=split, min_shapes=3, max_shapes=recipe.reasoning_max_objects)]
-        question = ask_reasoning(scenes[0], random)
-        if planned.kind == "prompt":
-            files = {"prompts": [Question("reasoning", question.text, question.answer, question.answer)]}
-        else:
-            files = {"sft": [question]}
+        scenes, conversations = _reasoning(random, planned, recipe)
     images = [_save(scene, f"{planned.name}-{i}", recipe, out_dir) for i, scene in enumerate(scenes)]
-    for file, questions in files.items():
-        yield file, _row(f"{planned.name}-{file}", images, questions, split)
+    for number, (file, order, questions) in enumerate(conversations):
+        row_id = f"{planned.name}-{file}-{number}"
+        yield file, _row(row_id, [images[i] for i in order], questions, planned.split)
+
+
+def _changes(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[Scene], list[Conversation]]:
+    kinds, draw = (DIFFERENCES, draw_difference) if planned.kind == "difference" else (EVENTS, draw_sequence)
+    kind = kinds[planned.number % len(kinds)]
+    (scenes, question), (_, back) = draw(random, planned.split, recipe.max_objects, kind)
+    order = list(range(len(scenes)))
+    conversations: list[Conversation] = [("sft", order, [question])]
+    if planned.split == "train":
+        conversations.append(("sft", order[::-1], [back]))
+    return scenes, conversations
+
+
+def _questions(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[Scene], list[Conversation]]:
+    scene, questions = _draw_asked(random, planned, recipe)
+    conversations: list[Conversation] = [("pretrain", [0], [caption(scene, random, _language(random, recipe))])]
+    if planned.split == "train" and random.random() < CAPTION_SHARE:
+        questions.append(caption(scene, random, _language(random, recipe)))
+    if planned.split == "train" and random.random() < CONVERSATION_SHARE:
+        conversations.append(("sft", [0], questions))
+    else:
+        conversations.extend(("sft", [0], [question]) for question in questions)
+    if planned.split == "train":
+        conversations.extend(("sft", [0], [tell(scene, random)]) for tell in random.sample(DENSE, 2))
+    return [scene], conversations
+
+
+def _reasoning(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[Scene], list[Conversation]]:
+    scene = draw_scene(random, split=planned.split, min_shapes=3, max_shapes=recipe.reasoning_max_objects)
+    questions = [ask_reasoning(scene, random)]
+    if planned.kind == "prompt":
+        questions = [Question("reasoning", q.text, q.answer, q.answer) for q in questions]
+        return [scene], [("prompts", [0], questions)]
+    if planned.split == "train":
+        questions.append(ask_reasoning(scene, random))
+    return [scene], [("sft", [0], [question]) for question in questions]
 
 
 def _draw_asked(random: Random, planned: Planned, recipe: _Recipe) -> tuple[Scene, list[Question]]:
