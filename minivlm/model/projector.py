@@ -52,7 +52,8 @@ def build_projector(kind: str, vision_size: int, text_size: int, *, seed: int = 
 
 @torch.no_grad()
 def whiten_input(projector: LinearProjector | MlpProjector, image_features: Tensor) -> None:
-    """Change the random first layer so that all directions of the features start with about equal variance.
+    """Change the random first layer so that all directions of the features start with about equal variance, and its
+    outputs with variance 1.
 
     A few directions of a CLIP tower's patch tokens hold nearly all of their variance, and what else a patch shows is
     learned late. Any layer of the form W x + b can absorb the change, so nothing else differs afterwards. A bias-free
@@ -70,6 +71,7 @@ def whiten_input(projector: LinearProjector | MlpProjector, image_features: Tens
     variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
     scales = (variances.clamp(min=0) + WHITENING_FLOOR * variances.mean().clamp(min=1e-6)).rsqrt()
     weight = layer.weight.double() @ (directions * scales) @ directions.T
+    weight /= (centred @ weight.T).std().clamp(min=1e-6)
     layer.weight.copy_(weight)
     if layer.bias is not None:
         layer.bias.sub_((weight @ mean).to(layer.bias.dtype))
