@@ -20,7 +20,7 @@ from minivlm.data.encode import Encoders, Tower, encode_images
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.lengths import encode_rows
-from minivlm.data.miniworld.write import build_miniworld
+from minivlm.data.miniworld.write import build_miniworld, expected_rows
 from minivlm.data.samples import SampleWriter, load_pictures, load_rows, load_samples
 from minivlm.data.settings import image_limits, num_image_tokens, sources, tokens_dir
 from minivlm.data.sources import read_rows
@@ -128,8 +128,13 @@ def count_rows(config: Config) -> dict[str, int]:
         return {key.removesuffix("/train"): count for key, count in counts.items() if key.endswith("/train")}
     if config.uses_miniworld:
         world = config.miniworld
-        sft = world.train_scenes + 2 * world.change_scenes + world.reasoning_scenes
-        return {"pretrain": world.train_scenes, "sft": sft, "prompts": world.prompt_scenes}
+        return expected_rows(
+            world.train_scenes,
+            world.change_scenes,
+            world.reasoning_scenes,
+            world.prompt_scenes,
+            world.questions_per_scene,
+        )
     rows: Counter[str] = Counter()
     for source in sources(config):
         rows[source.stage] += sum(1 for _ in read_rows(Path(source.path)))

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 
 REPOSITORY = Path(__file__).parents[2]
 PIPELINE_TIMEOUT_S = 1100
-EPOCHS = {"pretrain": 120, "sft": 60}
+EPOCHS = {"pretrain": 80, "sft": 40}
 
 
 def write_settings(user_data: Path, home: Path, port: int) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minivlm.data.miniworld.write import build_miniworld
+from minivlm.data.miniworld.write import build_miniworld, expected_rows
 
 SMALL = {
     "seed": 0,
@@ -53,6 +53,15 @@ def test_yes_and_no_are_balanced_exactly(world, split):
     answers = [r["answer"] for r in read(world, "sft") if r["split"] == split and r["task"] == "existence"]
     yes = sum(answer in ("yes", "有") for answer in answers)
     assert yes * 2 == len(answers)
+
+
+def test_the_expected_rows_are_about_those_written(world):
+    names = ("train_scenes", "change_scenes", "reasoning_scenes", "prompt_scenes", "questions_per_scene")
+    expected = expected_rows(*(SMALL[name] for name in names))
+    written = {file: sum(row["split"] == "train" for row in read(world, file)) for file in expected}
+    assert expected["pretrain"] == written["pretrain"]
+    assert expected["prompts"] == written["prompts"]
+    assert abs(expected["sft"] - written["sft"]) <= 0.1 * written["sft"]
 
 
 def test_every_placeholder_has_its_picture(world):

@@ -85,6 +85,7 @@ def two_rank_gradients(rank: int, folder: str) -> None:
     global_loss(image_embeds, text_embeds, model.logit_scale, mine).backward()
     if rank == 0:
         torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, f"{folder}/gradients.pt")
+    dist.barrier()  # neither leaves while the other still needs it
     dist.destroy_process_group()
 
 

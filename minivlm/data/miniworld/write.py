@@ -29,7 +29,9 @@ CONVERSATION_SHARE = 0.1
 later ones ask, so that less is learned from the picture."""
 
 DENSE = (list_shapes, count_all, locate_all)
-"""Two of these are asked of each training scene beside its questions: from many facts at once more is learned."""
+"""Asked of training scenes beside their questions: from many facts at once more is learned."""
+
+DENSE_PER_SCENE = 2
 
 Row = dict[str, Any]
 Conversation = tuple[str, list[int], list[Question]]
@@ -111,6 +113,16 @@ def build_miniworld(
     return {key: count for key, count in sorted(counts.items()) if count}
 
 
+def expected_rows(
+    train_scenes: int, change_scenes: int, reasoning_scenes: int, prompt_scenes: int, questions_per_scene: int
+) -> dict[str, int]:
+    """Training rows per stage that `build_miniworld` will write; those of SFT on average, as some are drawn by lot."""
+    asked = questions_per_scene + CAPTION_SHARE
+    per_scene = CONVERSATION_SHARE + (1 - CONVERSATION_SHARE) * asked + DENSE_PER_SCENE
+    sft = round(train_scenes * per_scene) + 4 * change_scenes + 2 * reasoning_scenes
+    return {"pretrain": train_scenes, "sft": sft, "prompts": prompt_scenes}
+
+
 def _check(image_size_px: int, max_objects: int, reasoning_max_objects: int, questions_per_scene: int) -> None:
     if image_size_px % GRID:
         raise ValueError(f"image_size_px is {image_size_px}, but three cells must fit a side: type a multiple of 3")
@@ -179,7 +191,7 @@ def _questions(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[
     else:
         conversations.extend(("sft", [0], [question]) for question in questions)
     if planned.split == "train":
-        conversations.extend(("sft", [0], [tell(scene, random)]) for tell in random.sample(DENSE, 2))
+        conversations.extend(("sft", [0], [tell(scene, random)]) for tell in random.sample(DENSE, DENSE_PER_SCENE))
     return [scene], conversations
 
 
