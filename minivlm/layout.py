@@ -89,11 +89,13 @@ def _data_key(config: Config) -> list[Any]:
     return [config.seed, _values(data), _values(config.miniworld) if config.uses_miniworld else None, files]
 
 
+_ENCODING = ("feature_layer", "encode_batch_size", "encode_precision")
+"""Settings of the tower that change its features, but not how it is trained."""
+
+
 def _clip_key(config: Config) -> list[Any]:
-    clip = config.clip
-    encoding = {"feature_layer", "encode_batch_size", "encode_precision"}
     placement = {"num_encoders", "cpus_per_encoder", "gpus_per_encoder"}
-    values = clip.model_dump(mode="json", exclude=encoding | placement)
+    values = config.clip.model_dump(mode="json", exclude={*_ENCODING, *placement})
     return [_data_key(config), values, _values(config.tokenizer), config.train.precision]
 
 
@@ -102,7 +104,7 @@ def _run_key(config: Config, stage: StageName) -> list[Any]:
     numerics = [config.seed, train.num_workers, train.zero_stage, train.precision, train.pack_length_tokens]
     own = [stage, numerics, _values(getattr(train, stage))]
     if stage == "pretrain":
-        encoder = [config.clip.feature_layer, config.clip.encode_batch_size, config.clip.encode_precision]
+        encoder = [getattr(config.clip, name) for name in _ENCODING]
         return [own, _clip_key(config), encoder, _values(config.model)]
     if stage == "sft":
         return [own, _run_key(config, "pretrain")]

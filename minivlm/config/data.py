@@ -65,13 +65,14 @@ class MiniworldConfig(Frozen):
     """The embedded data set: drawn scenes whose truth is known. Every field is an argument of `build_miniworld`."""
 
     train_scenes: PositiveInt = 8000
-    """Training scenes of one picture, each with a caption and a conversation of questions."""
+    """Training scenes of one picture, each with a caption and with questions."""
 
     change_scenes: PositiveInt = 2500
-    """Training scenes of two pictures that differ, and as many of three frames in which something happens."""
+    """Training scenes of two pictures that differ, and as many of three frames in which something happens; each
+    is asked both ways round."""
 
     reasoning_scenes: PositiveInt = 5000
-    """Training scenes with one reasoning question, answered as a chain of thought."""
+    """Training scenes with two reasoning questions, answered as chains of thought."""
 
     prompt_scenes: PositiveInt = 2000
     """Training scenes kept for preference sampling: one reasoning question each, not used in SFT."""
@@ -86,7 +87,7 @@ class MiniworldConfig(Frozen):
     """Test questions of the reasoning task."""
 
     questions_per_scene: PositiveInt = 4
-    """Questions in the conversation about one training scene, at most one per task."""
+    """Questions about one training scene, at most one per task; rows of their own but for a few conversations."""
 
     image_size_px: PositiveInt = 72
     """Side of the square pictures; a multiple of 3, because the scene is a board of 3 x 3 cells."""

@@ -238,8 +238,9 @@ def _load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
             f"{len(unexpected)} unexpected {unexpected[:3]}, mismatched {mismatched[:3]}"
         )
     config = llava.config
-    if config.vision_feature_select_strategy != "full" or not isinstance(config.vision_feature_layer, int):
-        raise CheckpointError(f"{directory}: only one vision_feature_layer with strategy `full` is supported")
+    layer = config.vision_feature_layer
+    if config.vision_feature_select_strategy != "full" or not isinstance(layer, int) or layer >= 0:
+        raise CheckpointError(f"{directory}: only one negative vision_feature_layer with strategy `full` is supported")
     if not isinstance(llava.model.vision_tower, CLIPVisionModel):
         raise CheckpointError(f"{directory}: the vision tower is {config.vision_config.model_type}, not CLIP")
     return llava, num_keys

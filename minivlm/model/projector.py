@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 PROJECTOR_KINDS = ("linear", "mlp2x_gelu")
-WHITENING_FLOOR = 0.5
+WHITENING_FLOOR = 0.1
 """Added to the variance of every direction before it is evened out, as a share of the mean variance: directions that
 hold next to nothing but noise stay small."""
 

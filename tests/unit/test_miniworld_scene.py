@@ -54,14 +54,13 @@ def test_no_two_things_share_a_cell():
 
 @pytest.mark.parametrize("kind", DIFFERENCES)
 def test_a_difference_changes_the_named_shape_only(kind):
-    ((first, second), question), (back, asked_back) = draw_difference(Random(2), "train", 4, kind)
+    (first, second), question, back = draw_difference(Random(2), "train", 4, kind)
     key = lambda s: (s.cell, s.colour, s.shape, s.size)  # noqa: E731
     gone = {key(s) for s in first.shapes} - {key(s) for s in second.shapes}
     came = {key(s) for s in second.shapes} - {key(s) for s in first.shapes}
     assert (len(gone), len(came)) == {"added": (0, 1), "removed": (1, 0)}.get(kind, (1, 1))
     assert question.answer == kind
-    assert back == [second, first]
-    assert asked_back.answer == {"added": "removed", "removed": "added"}.get(kind, kind)
+    assert back.answer == {"added": "removed", "removed": "added"}.get(kind, kind)
     if kind == "moved":
         assert next(iter(gone))[1:] == next(iter(came))[1:]
     if kind == "recolored":
@@ -70,10 +69,9 @@ def test_a_difference_changes_the_named_shape_only(kind):
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_a_sequence_shows_its_event(event):
-    (frames, question), (back, asked_back) = draw_sequence(Random(3), "train", 4, event)
+    frames, question, back = draw_sequence(Random(3), "train", 4, event)
     expected = {"appears": "disappears", "disappears": "appears"}.get(event, event)
-    assert back == frames[::-1]
-    assert asked_back.answer == expected
+    assert back.answer == expected
     still = set(frames[0].shapes) & set(frames[1].shapes) & set(frames[2].shapes)
     first, last = (next(iter(set(frame.shapes) - still), None) for frame in (frames[0], frames[2]))
     assert question.answer == event

@@ -64,6 +64,16 @@ def test_the_expected_rows_are_about_those_written(world):
     assert abs(expected["sft"] - written["sft"]) <= 0.1 * written["sft"]
 
 
+def test_training_changes_are_asked_both_ways_round(world):
+    rows = [r for r in read(world, "sft") if r["split"] == "train" and r["task"] in ("difference", "sequence")]
+    there, back = rows[::2], rows[1::2]
+    assert len(there) == len(back) == 24
+    opposite = {"added": "removed", "removed": "added", "appears": "disappears", "disappears": "appears"}
+    for one, other in zip(there, back, strict=True):
+        assert other["image"] == one["image"][::-1]
+        assert other["answer"] == opposite.get(one["answer"], one["answer"])
+
+
 def test_every_placeholder_has_its_picture(world):
     for row in read(world, "pretrain") + read(world, "sft") + read(world, "prompts"):
         text = "".join(turn["value"] for turn in row["conversations"])

@@ -6,8 +6,8 @@ from random import Random
 from minivlm.data.miniworld.questions import Question
 from minivlm.data.miniworld.scene import COLOURS, GRID, Scene, Shape, draw_scene, draw_shape
 
-Change = tuple[list[Scene], Question]
-"""Pictures in order, and the question about them."""
+Change = tuple[list[Scene], Question, Question]
+"""Pictures in order, the question about them, and the question about them in the opposite order."""
 
 DIFFERENCES = ("added", "removed", "moved", "recolored")
 EVENTS = ("moves", "appears", "disappears", "changes color")
@@ -15,12 +15,8 @@ _DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 _BACK = {"added": "removed", "removed": "added", "appears": "disappears", "disappears": "appears"}
 
 
-def draw_difference(random: Random, split: str, max_shapes: int, kind: str) -> tuple[Change, Change]:
-    """Two scenes that differ in one shape: added, removed, moved to another cell, or given another colour.
-
-    Returns:
-        The change, and the same pictures the other way round.
-    """
+def draw_difference(random: Random, split: str, max_shapes: int, kind: str) -> Change:
+    """Two scenes that differ in one shape: added, removed, moved to another cell, or given another colour."""
     first = draw_scene(random, split=split, min_shapes=2, max_shapes=max_shapes - 1)
     shapes = list(first.shapes)
     if kind == "added":
@@ -33,17 +29,11 @@ def draw_difference(random: Random, split: str, max_shapes: int, kind: str) -> t
         shapes.append(replace(actor, cell=random.choice(first.free_cells)))
     if kind == "recolored":
         shapes.append(replace(actor, colour=_other_colour(random, actor.colour)))
-    second = first.with_shapes(shapes)
-    back = _BACK.get(kind, kind)
-    return _change("difference", [first, second], kind), _change("difference", [second, first], back)
+    return _change("difference", [first, first.with_shapes(shapes)], kind)
 
 
-def draw_sequence(random: Random, split: str, max_shapes: int, event: str) -> tuple[Change, Change]:
-    """Three frames: one shape moves a cell per frame, appears, disappears or changes its colour; the others stay.
-
-    Returns:
-        The sequence, and the same frames the other way round.
-    """
+def draw_sequence(random: Random, split: str, max_shapes: int, event: str) -> Change:
+    """Three frames: one shape moves a cell per frame, appears, disappears or changes its colour; the others stay."""
     direction = random.choice(_DIRECTIONS) if event == "moves" else (0, 0)
     while True:
         still = draw_scene(random, split=split, min_shapes=2, max_shapes=max(2, max_shapes - 1))
@@ -61,12 +51,13 @@ def draw_sequence(random: Random, split: str, max_shapes: int, event: str) -> tu
         elif event == "changes color" and t >= turn:
             now = replace(actor, colour=colour)
         frames.append(still.with_shapes([*still.shapes, now] if now else list(still.shapes)))
-    return _change("sequence", frames, event), _change("sequence", frames[::-1], _BACK.get(event, event))
+    return _change("sequence", frames, event)
 
 
-def _change(task: str, scenes: list[Scene], answer: str) -> Change:
+def _change(task: str, scenes: list[Scene], kind: str) -> Change:
     text = "What was done to a shape?" if task == "difference" else "What happens?"
-    return scenes, Question(task, text, answer, answer)
+    there, back = (Question(task, text, answer, answer) for answer in (kind, _BACK.get(kind, kind)))
+    return scenes, there, back
 
 
 def _path(random: Random, still: Scene, direction: tuple[int, int]) -> list[int]:

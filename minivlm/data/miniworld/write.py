@@ -173,7 +173,7 @@ def _draw(planned: Planned, recipe: _Recipe, out_dir: Path) -> Iterator[tuple[st
 def _changes(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[Scene], list[Conversation]]:
     kinds, draw = (DIFFERENCES, draw_difference) if planned.kind == "difference" else (EVENTS, draw_sequence)
     kind = kinds[planned.number % len(kinds)]
-    (scenes, question), (_, back) = draw(random, planned.split, recipe.max_objects, kind)
+    scenes, question, back = draw(random, planned.split, recipe.max_objects, kind)
     order = list(range(len(scenes)))
     conversations: list[Conversation] = [("sft", order, [question])]
     if planned.split == "train":

@@ -25,7 +25,7 @@ def test_no_direction_of_the_features_drowns_the_others(kind):
         variances = torch.linalg.svdvals(seen - seen.mean(dim=0)) ** 2
         shares.append(float(variances[0] / variances.sum()))
     assert shares[0] > 0.7
-    assert shares[1] < 0.4
+    assert shares[1] < 0.25
 
 
 def test_with_a_bias_the_mean_goes_too():
