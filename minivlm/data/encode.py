@@ -6,7 +6,7 @@ Each actor call encodes one shard of pictures and commits it, so a kill costs at
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -15,7 +15,9 @@ from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.images import BadImage, ImageLimits, read_image
 from minivlm.log import Progress
-from minivlm.model.vision import VisionTower
+
+if TYPE_CHECKING:
+    from minivlm.model.vision import VisionTower
 
 PICTURES_PER_SHARD = 512
 
@@ -39,8 +41,10 @@ class Tower:
     feature_layer: int
     batch_size: int
 
-    def load(self, device: str) -> VisionTower:
+    def load(self, device: str) -> "VisionTower":
         """The frozen tower on a device."""
+        from minivlm.model.vision import VisionTower  # seconds of imports, which only this call needs
+
         return VisionTower.load(
             self.path,
             precision=self.precision,

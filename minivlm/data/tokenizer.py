@@ -6,7 +6,7 @@ Called by the tokenizer job and by everything that turns text into ids.
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from minivlm.model.tokenizer import (
@@ -33,13 +33,15 @@ __all__ = [
 ]
 
 NUM_BYTES = 256
+HAN = r"\p{Han}"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: Path) -> PreTrainedTokenizerFast:
     """Learn byte-pair merges from `texts` and save the tokenizer with its chat template.
 
-    Digits stay single tokens, so that numbers of any length are spelled the same way. Special strings inside the
-    texts are blanked first: a merge that spelled one would let plain text become a control token.
+    Digits stay single tokens, so that numbers of any length are spelled the same way, and so do Chinese characters:
+    there are no spaces between them, so a small corpus would make whole phrases one token each. Special strings inside
+    the texts are blanked first: a merge that spelled one would let plain text become a control token.
 
     Args:
         texts: the corpus, one turn each with its header (`user\\n..`), so that headers become short too.
@@ -58,7 +60,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out_dir: Path) -> Pre
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Split(Regex(HAN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -4,12 +4,14 @@
 computed at supervised positions only: elsewhere they would be the largest tensor and nobody would read them.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
 
 IGNORE = -100
 
@@ -30,7 +32,7 @@ class TokenLogps(NamedTuple):
 class MiniVLM(nn.Module):
     """Projector and language model. The vision tower is frozen, runs elsewhere, and is not part of it."""
 
-    def __init__(self, projector: nn.Module, language_model: PreTrainedModel, image_token_id: int) -> None:
+    def __init__(self, projector: nn.Module, language_model: "PreTrainedModel", image_token_id: int) -> None:
         super().__init__()
         self.projector = projector
         self.language_model = language_model

@@ -91,11 +91,15 @@ def run_stage(config: Config, stage: StageName, *, report_callbacks: Sequence[Us
         log.info("%s is finished, nothing to do: %s", stage, run_dir)
         return finished_stage(config, stage)
     check_resources(config)
-    job = make_job(config, stage)
-    first_step = newest_step(run_dir)
+    return train_job(make_job(config, stage), report_callbacks=report_callbacks)
+
+
+def train_job(job: StageJob, *, report_callbacks: Sequence[UserCallback] = ()) -> StageResult:
+    """What `run_stage` does once all inputs are resolved; arguments and errors as there."""
+    first_step = newest_step(job.run_dir)
     if first_step < job.total_steps:
         if first_step:
-            log.info("%s continues after step %d of %d: %s", stage, first_step, job.total_steps, run_dir)
+            log.info("%s continues after step %d of %d: %s", job.stage, first_step, job.total_steps, job.run_dir)
         _train(job, first_step, report_callbacks)
     return _finish(job)
 

@@ -1,4 +1,4 @@
-"""Search projector kind and learning rate with Ray Tune and ASHA; each trial is `run_stage` on a changed config.
+"""Search projector kind and learning rate with Ray Tune and ASHA; each trial trains one stage of a changed config.
 
 Called by the tune job and the pipeline. All trials read one feature cache: no picture is encoded in a trial. Every
 figure is of the validation split. Trials report through Tune, so that only the calling process writes to MLflow.
@@ -24,7 +24,8 @@ from minivlm import layout
 from minivlm.config import Config, ConfigError
 from minivlm.log import Progress, get_logger
 from minivlm.storage import content_hash, write_json
-from minivlm.train.launch import DATA_CPUS, RESULT_FILE, make_job, run_stage
+from minivlm.train.job import StageJob
+from minivlm.train.launch import DATA_CPUS, RESULT_FILE, check_resources, make_job, run_stage, train_job
 from minivlm.train.metrics import METRICS_FILE, read_metrics
 from minivlm.tune.space import Trial, best_overrides, concurrent_trials, trial_config, trial_overrides, trials
 
@@ -90,10 +91,9 @@ class TrialRow:
 class _Recorder(tune.Callback):
     """Collects the trials' curves in the driver and passes each trial on as it ends."""
 
-    def __init__(self, config: Config, points: Sequence[Trial], on_trial: Callable[[TrialRow], None]) -> None:
-        self.rows = [TrialRow(f"trial-{i}", trial_overrides(config, point), []) for i, point in enumerate(points)]
-        stage = config.tune.stage
-        self._results = [layout.run_dir(trial_config(config, point), stage) / RESULT_FILE for point in points]
+    def __init__(self, rows: list[TrialRow], jobs: Sequence[StageJob], on_trial: Callable[[TrialRow], None]) -> None:
+        self.rows = rows
+        self._results = [job.run_dir / RESULT_FILE for job in jobs]
         self._on_trial = on_trial
 
     def on_trial_result(
@@ -141,7 +141,7 @@ def search(config: Config, on_trial: Callable[[dict[str, Any]], None] | None = N
         max_learning_rate=settings.max_learning_rate,
         seed=config.seed,
     )
-    _prepare(config, points)
+    jobs = _jobs(config, points)
     with Progress(len(points), "tune trials") as progress:
 
         def ended(row: TrialRow) -> None:
@@ -150,12 +150,13 @@ def search(config: Config, on_trial: Callable[[dict[str, Any]], None] | None = N
             if on_trial is not None:
                 on_trial(asdict(row))
 
-        rows = _run(config, points, _Recorder(config, points, ended))
+        rows = [TrialRow(f"trial-{i}", trial_overrides(config, point), []) for i, point in enumerate(points)]
+        _run(config, jobs, _Recorder(rows, jobs, ended))
     best, best_val_loss = best_trial(rows)
     result = SearchResult(best_overrides(config, points[best]), [asdict(row) for row in rows], best_val_loss)
-    for index, point in enumerate(points):
+    for index, job in enumerate(jobs):
         if index != best:
-            _drop_training_state(layout.run_dir(trial_config(config, point), settings.stage))
+            _drop_training_state(job.run_dir)
     write_json(folder / RESULT_FILE, asdict(result))
     return result
 
@@ -167,20 +168,23 @@ def search_dir(config: Config) -> Path:
     return config.root / "tune" / f"{stage}-{key}"
 
 
-def _prepare(config: Config, points: Sequence[Trial]) -> None:
+def _jobs(config: Config, points: Sequence[Trial]) -> list[StageJob]:
     """Everything that trials share is made here, once: tables, features and, for SFT, the stage before."""
     stage = config.tune.stage
     configs = [trial_config(config, point) for point in points]
     if stage == "sft":
         for changed in configs:  # one run per projector kind; the others find it finished
             run_stage(changed, "pretrain")
-    if make_job(configs[0], stage).val_table is None:
+    check_resources(configs[0])
+    jobs = [make_job(changed, stage) for changed in configs]
+    if jobs[0].val_table is None:
         raise ConfigError(
             f"The {stage} stage has no validation rows, so trials cannot be compared: type data.val_fraction=0.05"
         )
+    return jobs
 
 
-def _run(config: Config, points: Sequence[Trial], recorder: _Recorder) -> list[TrialRow]:
+def _run(config: Config, jobs: list[StageJob], recorder: _Recorder) -> None:
     settings, train = config.tune, config.train
     available = ray.cluster_resources()
     concurrent = concurrent_trials(
@@ -195,8 +199,8 @@ def _run(config: Config, points: Sequence[Trial], recorder: _Recorder) -> list[T
     folder = search_dir(config)
     shutil.rmtree(folder / "ray", ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, config=config, points=list(points)), TRIAL_RESOURCES),
-        param_space={"index": tune.grid_search(list(range(len(points))))},
+        tune.with_resources(tune.with_parameters(run_trial, jobs=jobs), TRIAL_RESOURCES),
+        param_space={"index": tune.grid_search(list(range(len(jobs))))},
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode="min",
@@ -207,7 +211,6 @@ def _run(config: Config, points: Sequence[Trial], recorder: _Recorder) -> list[T
         run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, callbacks=[recorder]),
     )
     tuner.fit()
-    return recorder.rows
 
 
 def _scheduler(num_reports: int) -> ASHAScheduler | None:
@@ -219,15 +222,13 @@ def _scheduler(num_reports: int) -> ASHAScheduler | None:
     )
 
 
-def run_trial(space: dict[str, int], config: Config, points: Sequence[Trial]) -> None:
+def run_trial(space: dict[str, int], jobs: list[StageJob]) -> None:
     """One trial, inside its Tune actor: train, or say again what a trial that is finished has reported."""
-    stage = config.tune.stage
-    changed = trial_config(config, points[space["index"]])
-    run_dir = layout.run_dir(changed, stage)
-    if not (run_dir / RESULT_FILE).exists():
-        run_stage(changed, stage, report_callbacks=[_ValidationReports()])
+    job = jobs[space["index"]]
+    if not (job.run_dir / RESULT_FILE).exists():
+        train_job(job, report_callbacks=[_ValidationReports()])
         return
-    for line in read_metrics(run_dir / METRICS_FILE):
+    for line in read_metrics(job.run_dir / METRICS_FILE):
         if METRIC in line:
             tune.report({METRIC: line[METRIC], "step": int(line["step"])})
 

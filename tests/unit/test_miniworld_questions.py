@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from minivlm.data.miniworld.questions import ASK, caption, count_all, list_shapes, locate_all
+from minivlm.data.miniworld.questions import ASK, caption, colours_of, counts_of, sides_of
 from minivlm.data.miniworld.reasoning import ask_reasoning
 from minivlm.data.miniworld.scene import Scene, Shape, draw_scene
 
@@ -24,7 +24,7 @@ def ask_often(task: str, language: str = "en", want_yes: bool = True) -> dict[st
 
 def test_the_caption_names_everything_in_reading_order():
     assert caption(SCENE, Random(0), "en").answer == (
-        "large red ring at a1, small blue cross at b2, small red cross at c2, text K7"
+        "a1 large red ring, b2 small blue cross, c2 small red cross, text K7"
     )
     assert caption(SCENE, Random(0), "zh").answer == "a1大红色圆环，b2小蓝色十字，c2小红色十字，文字K7"
 
@@ -49,25 +49,48 @@ def test_existence_is_asked_as_wanted_or_not_at_all():
     assert ASK["existence"](Scene(()), Random(0), "en", True) is None
 
 
-def test_relations_are_of_shapes_with_a_colour_of_their_own_to_the_centre():
+def test_relations_are_of_shapes_with_a_colour_of_their_own_on_a_side():
     scene = Scene((*SCENE.shapes, Shape(8, "small", "green", "ring"), Shape(1, "large", "yellow", "ring")))
     questions = [ASK["relation"](scene, Random(seed), "en", True) for seed in range(200)]
     assert {question.text: question.answer for question in questions} == {
-        "Is the green shape left or right of the center?": "right",
-        "Is the green shape above or below the center?": "below",
-        "Is the yellow shape above or below the center?": "above",
+        "Is the green shape at the left or the right?": "right",
+        "Is the green shape at the top or the bottom?": "bottom",
+        "Is the yellow shape at the top or the bottom?": "top",
     }
     assert ASK["relation"](SCENE, Random(0), "en", True) is None
 
 
-def test_a_list_names_forms_before_colours():
-    assert list_shapes(SCENE, Random(0)).answer == "ring red, cross blue, cross red, text K7"
+def test_several_facts_come_in_the_order_of_the_question():
+    scene = Scene((*SCENE.shapes, Shape(8, "small", "green", "square")))
+    expected = {
+        colours_of: [{"ring red", "square green"}],
+        sides_of: [{"blue middle", "green bottom"}, {"blue middle", "green right"}],
+        counts_of: [{"red2", "blue1", "green1", "yellow0"}],
+    }
+    for ask, facts in expected.items():
+        orders = set()
+        for seed in range(20):
+            question = ask(scene, Random(seed), "en")
+            names = re.search(r": (.+)\?$", question.text).group(1).split(", ")
+            answers = question.answer.split(", ")
+            assert set(answers) in facts
+            assert [re.match("[a-z]+", answer).group() for answer in answers] == names
+            orders.add(tuple(names))
+        assert len(orders) > 1
 
 
-def test_tallies_and_places_say_what_the_questions_would():
-    tally = dict(re.fullmatch(r"(\w+)(\d)", part).groups() for part in count_all(SCENE, Random(0)).answer.split(", "))
-    assert tally == {"red": "2", "blue": "1", "green": "0", "yellow": "0"}
-    assert locate_all(SCENE, Random(0)).answer == "red left above, blue middle middle, red right middle"
+def test_several_facts_are_asked_in_chinese_too():
+    scene = Scene(SCENE.shapes[:1])
+    assert colours_of(scene, Random(0), "zh").text == "这些是什么颜色：圆环？"
+    assert colours_of(scene, Random(0), "zh").answer == "圆环红色"
+    assert {sides_of(scene, Random(seed), "zh").answer for seed in range(9)} == {"红色上面", "红色左边"}
+    assert set(counts_of(scene, Random(0), "zh").answer.split("，")) == {"红色1", "绿色0", "蓝色0", "黄色0"}
+
+
+def test_nothing_is_asked_of_what_occurs_twice():
+    scene = Scene((Shape(0, "large", "red", "ring"), Shape(4, "small", "red", "ring")))
+    assert colours_of(scene, Random(0), "en") is None
+    assert sides_of(scene, Random(0), "en") is None
 
 
 def test_the_code_is_read():
@@ -80,9 +103,11 @@ def test_every_step_of_a_chain_of_thought_is_true(seed):
     random = Random(seed)
     scene = draw_scene(random, split="train", min_shapes=3, max_shapes=6)
     question = ask_reasoning(scene, random)
-    shapes, tally, *steps, last, final = question.response.split("\n")
-    assert shapes == ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
+    *found, tally, last, final = (line for line in question.response.split("\n") if "x" not in line)
+    steps = [line for line in question.response.split("\n") if "x" in line]
     counts = [(name, int(n)) for name, n in (re.fullmatch(r"(\w+)(\d)", part).groups() for part in tally.split(", "))]
+    shapes = ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
+    assert found in ([], [f"Find {counts[0][0]} and {counts[1][0]}: {shapes}"])
     assert all(n == sum(s.colour == name for s in scene.shapes) for name, n in counts)
     assert question.text.index(counts[0][0]) < question.text.index(counts[1][0])
     numbers = [n for _, n in counts]

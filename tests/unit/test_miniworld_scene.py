@@ -6,11 +6,18 @@ import pytest
 
 from minivlm.data.miniworld.changes import DIFFERENCES, EVENTS, draw_difference, draw_sequence
 from minivlm.data.miniworld.draw import draw_picture
-from minivlm.data.miniworld.scene import Scene, Shape, cell_name, draw_scene
+from minivlm.data.miniworld.scene import Scene, Shape, draw_scene
 
 
-def test_cells_are_named_from_the_top_left():
-    assert [cell_name(cell) for cell in (0, 1, 3, 8)] == ["a1", "b1", "a2", "c3"]
+def test_cells_count_from_the_top_left():
+    shapes = [Shape(cell, "large", "red", "ring") for cell in (0, 1, 3, 8)]
+    assert [shape.cell_name for shape in shapes] == ["a1", "b1", "a2", "c3"]
+    assert [shape.place for shape in shapes] == [
+        ("top", "left"),
+        ("top", "middle"),
+        ("middle", "left"),
+        ("bottom", "right"),
+    ]
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])

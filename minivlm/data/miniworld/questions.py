@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from minivlm.data.miniworld.scene import COLOURS, Scene, Shape
+from minivlm.data.miniworld.scene import COLOURS, Scene
 
 CHINESE = {
     "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色",
     "ring": "圆环", "square": "方形", "triangle": "三角形", "cross": "十字",
-    "small": "小", "large": "大", "yes": "有", "no": "没有",
-    "left": "左边", "right": "右边", "above": "上面", "below": "下面",
+    "small": "小", "large": "大", "yes": "有", "no": "没有", "text": "文字",
+    "left": "左边", "right": "右边", "top": "上面", "bottom": "下面", "middle": "中间",
 }  # fmt: skip
 
 
@@ -30,44 +30,44 @@ def caption(scene: Scene, random: Random, language: str) -> Question:
     """Name every shape in reading order with its cell, then the printed code."""
     if language == "zh":
         text = random.choice(("描述这张图片。", "图中有什么？"))
-        parts = [f"{s.place}{CHINESE[s.size]}{CHINESE[s.colour]}{CHINESE[s.shape]}" for s in scene.shapes]
-        answer = "，".join(parts + ([f"文字{scene.code}"] if scene.code else []))
+        parts = [s.cell_name + _phrase([s.size, s.colour, s.shape], language) for s in scene.shapes]
     else:
         text = random.choice(("Describe the picture.", "What is in the picture?"))
-        parts = [f"{describe(s)} at {s.place}" for s in scene.shapes]
-        answer = ", ".join(parts + ([f"text {scene.code}"] if scene.code else []))
-    return Question("caption", text, answer, answer, language)
+        parts = [f"{s.cell_name} {s.size} {s.colour} {s.shape}" for s in scene.shapes]
+    code = [_phrase(["text", scene.code], language)] if scene.code else []
+    return _told("caption", text, parts + code, language)
 
 
-def list_shapes(scene: Scene, random: Random) -> Question:
-    """Form, then colour, of every shape in reading order: the caption's other way round."""
-    parts = [f"{s.shape} {s.colour}" for s in scene.shapes]
-    answer = ", ".join(parts + ([f"text {scene.code}"] if scene.code else []))
-    return Question("list", "List the shapes.", answer, answer)
+def colours_of(scene: Scene, random: Random, language: str) -> Question | None:
+    """Colour of every form that occurs once, in the order in which the question names them; None without any."""
+    colours = {s.shape: s.colour for s in scene.shapes}
+    forms = _singles([s.shape for s in scene.shapes], random)
+    text = "这些是什么颜色：" if language == "zh" else "What colors are these: "
+    return _listed("colours", text, {form: colours[form] for form in forms}, language)
 
 
-def count_all(scene: Scene, random: Random) -> Question:
-    """How many shapes there are of each colour, in any order."""
+def sides_of(scene: Scene, random: Random, language: str) -> Question | None:
+    """Side, across or down, of every colour that occurs once, in the order of the question; None without any."""
+    across = random.random() < 0.5
+    sides = {s.colour: s.place[across] for s in scene.shapes}
+    names = _singles([s.colour for s in scene.shapes], random)
+    if language == "zh":
+        text = "左边还是右边：" if across else "上面还是下面："
+    else:
+        text = "Left or right: " if across else "Top or bottom: "
+    return _listed("sides", text, {name: sides[name] for name in names}, language)
+
+
+def counts_of(scene: Scene, random: Random, language: str) -> Question | None:
+    """How many shapes there are of each colour, in the order in which the question names them."""
     names = random.sample(COLOURS, len(COLOURS))
-    answer = ", ".join(f"{name}{count_of(scene, name)}" for name in names)
-    return Question("tally", "Count the colors.", answer, answer)
-
-
-def locate_all(scene: Scene, random: Random) -> Question:
-    """Every shape in reading order: its colour, and on which side of the centre it lies across and down."""
-    parts = [f"{s.colour} {_side(s.column, 'left', 'right')} {_side(s.row, 'above', 'below')}" for s in scene.shapes]
-    answer = ", ".join(parts)
-    return Question("places", "Where are the shapes?", answer, answer)
+    text = "这些各有几个：" if language == "zh" else "How many are these: "
+    return _listed("counts", text, {name: str(count_of(scene, name)) for name in names}, language)
 
 
 def count_of(scene: Scene, name: str) -> int:
     """How many shapes have the colour `name`."""
     return sum(s.colour == name for s in scene.shapes)
-
-
-def describe(shape: Shape) -> str:
-    """`large red ring`."""
-    return f"{shape.size} {shape.colour} {shape.shape}"
 
 
 def ask_colour(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
@@ -116,19 +116,19 @@ def ask_existence(scene: Scene, random: Random, language: str, want_yes: bool) -
 
 
 def ask_relation(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
-    """On which side of the centre the only shape of its colour lies; None where no such shape is beside it."""
+    """On which side of the picture the only shape of its colour lies; None where no such shape is on a side."""
     colours = Counter(s.colour for s in scene.shapes)
-    words = random.choice((("left", "right"), ("above", "below")))
-    sides = [(s.colour, _side(s.column if words[0] == "left" else s.row, *words)) for s in scene.shapes]
+    words = random.choice((("left", "right"), ("top", "bottom")))
+    sides = [(s.colour, s.place[words[0] == "left"]) for s in scene.shapes]
     candidates = [(colour, side) for colour, side in sides if colours[colour] == 1 and side in words]
     if not candidates:
         return None
     colour, side = random.choice(candidates)
     if language == "zh":
-        text = f"{CHINESE[colour]}的在中心的{CHINESE[words[0]]}还是{CHINESE[words[1]]}？"
-    else:
-        text = f"Is the {colour} shape {words[0]} or {words[1]}{' of' if words[0] == 'left' else ''} the center?"
-    return _question("relation", text, side, language)
+        return _question(
+            "relation", f"{CHINESE[colour]}的在{CHINESE[words[0]]}还是{CHINESE[words[1]]}？", side, language
+        )
+    return _question("relation", f"Is the {colour} shape at the {words[0]} or the {words[1]}?", side, language)
 
 
 def ask_ocr(scene: Scene, random: Random, language: str, want_yes: bool) -> Question | None:
@@ -154,6 +154,29 @@ def _question(task: str, text: str, answer: str, language: str) -> Question:
     return Question(task, text, answer, answer, language)
 
 
-def _side(place: int, low: str, high: str) -> str:
-    """`low` or `high` of the middle column or row, or `middle`."""
-    return (low, "middle", high)[place]
+def _told(task: str, text: str, parts: list[str], language: str) -> Question:
+    answer = ("，" if language == "zh" else ", ").join(parts)
+    return Question(task, text, answer, answer, language)
+
+
+def _listed(task: str, text: str, facts: dict[str, str], language: str) -> Question | None:
+    """Names in the question, each with its fact in the answer: `ring red`, but `red2`."""
+    if not facts:
+        return None
+    comma, end = ("，", "？") if language == "zh" else (", ", "?")
+    text += comma.join(_phrase([name], language) for name in facts) + end
+    parts = [name + fact if fact.isdigit() else f"{name} {fact}" for name, fact in facts.items()]
+    if language == "zh":
+        parts = [_phrase([name, fact], language) for name, fact in facts.items()]
+    return _told(task, text, parts, language)
+
+
+def _phrase(words: list[str], language: str) -> str:
+    """`red ring`."""
+    return "".join(CHINESE.get(word, word) for word in words) if language == "zh" else " ".join(words)
+
+
+def _singles(names: list[str], random: Random) -> list[str]:
+    """Those that occur once, in any order."""
+    singles = sorted(name for name, count in Counter(names).items() if count == 1)
+    return random.sample(singles, len(singles))

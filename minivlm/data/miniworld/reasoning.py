@@ -1,4 +1,4 @@
-"""Two-step questions answered as a chain of thought: go through the shapes, count two groups, calculate."""
+"""Two-step questions answered as a chain of thought: count two groups, calculate."""
 
 from random import Random
 
@@ -7,12 +7,15 @@ from minivlm.data.miniworld.scene import COLOURS, Scene
 
 PROMPT = "Think step by step and end with 'Final answer: ..'."
 MAX_POINTS = 3
+FIND_SHARE = 0.5
+"""Share of answers that name every shape before they count."""
 
 
 def ask_reasoning(scene: Scene, random: Random) -> Question:
     """The points that the shapes of two colours give together, or how many more there are of one than the other.
 
-    The chain of thought names every shape in reading order, then counts.
+    The chain of thought counts, then calculates; half of them name every shape in reading order first. Neither way is
+    marked as the better one: which leads to more right answers is for the preference stage to find.
     """
     first, second = _draw_colours(scene, random)
     counts = [count_of(scene, name) for name in (first, second)]
@@ -29,9 +32,11 @@ def ask_reasoning(scene: Scene, random: Random) -> Question:
         text = f"How many more {first} than {second} shapes are there?"
         total = counts[0] - counts[1]
         steps = [f"{counts[0]}-{counts[1]}={total}"]
-    shapes = [f"{s.colour} {s.shape}" for s in scene.shapes]
-    tally = [f"{name}{n}" for name, n in zip((first, second), counts, strict=True)]
-    response = "\n".join([", ".join(shapes), ", ".join(tally), *steps, f"Final answer: {total}"])
+    lines = [", ".join(f"{name}{n}" for name, n in zip((first, second), counts, strict=True)), *steps]
+    if random.random() < FIND_SHARE:
+        shapes = ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
+        lines.insert(0, f"Find {first} and {second}: {shapes}")
+    response = "\n".join([*lines, f"Final answer: {total}"])
     return Question("reasoning", f"{text} {PROMPT}", str(total), response)
 
 

@@ -12,6 +12,8 @@ GRID = 3
 COLOURS = ("red", "green", "blue", "yellow")
 SHAPES = ("ring", "square", "triangle", "cross")
 SIZES = ("small", "large")
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "middle", "right")
 LETTERS = "ACEFHKLMPRTX"
 DIGITS = "0123456789"
 NUM_BACKGROUNDS = 6
@@ -41,9 +43,14 @@ class Shape:
         return self.cell // GRID
 
     @property
-    def place(self) -> str:
-        """Name of the cell: `a1` is top left, `c3` bottom right."""
-        return cell_name(self.cell)
+    def cell_name(self) -> str:
+        """`a1` for cell 0 (top left), `b1` for cell 1, `c3` for cell 8."""
+        return f"{'abc'[self.column]}{self.row + 1}"
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Words for row and column: ("top", "left"), ("middle", "middle"), .."""
+        return ROWS[self.row], COLUMNS[self.column]
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,6 @@ class Scene:
     def with_shapes(self, shapes: list[Shape]) -> "Scene":
         """The same scene with other shapes, put in reading order."""
         return replace(self, shapes=tuple(sorted(shapes)))
-
-
-def cell_name(cell: int) -> str:
-    """`a1` for cell 0 (top left), `b1` for cell 1, `c3` for cell 8."""
-    return f"{'abc'[cell % GRID]}{cell // GRID + 1}"
 
 
 def draw_scene(random: Random, *, split: str, min_shapes: int, max_shapes: int, with_code: bool = False) -> Scene:

@@ -16,7 +16,7 @@ from typing import Any
 
 from minivlm.data.miniworld.changes import DIFFERENCES, EVENTS, draw_difference, draw_sequence
 from minivlm.data.miniworld.draw import draw_picture
-from minivlm.data.miniworld.questions import ASK, Question, caption, count_all, list_shapes, locate_all
+from minivlm.data.miniworld.questions import ASK, Question, caption, colours_of, counts_of, sides_of
 from minivlm.data.miniworld.reasoning import ask_reasoning
 from minivlm.data.miniworld.scene import GRID, Scene, draw_scene
 
@@ -28,7 +28,7 @@ CONVERSATION_SHARE = 0.1
 """Share of training scenes whose questions are the turns of one conversation. Small, because earlier turns tell what
 later ones ask, so that less is learned from the picture."""
 
-DENSE = (list_shapes, count_all, locate_all)
+DENSE = (colours_of, counts_of, sides_of)
 """Asked of training scenes beside their questions: from many facts at once more is learned."""
 
 DENSE_PER_SCENE = 2
@@ -191,7 +191,8 @@ def _questions(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[
     else:
         conversations.extend(("sft", [0], [question]) for question in questions)
     if planned.split == "train":
-        conversations.extend(("sft", [0], [tell(scene, random)]) for tell in random.sample(DENSE, DENSE_PER_SCENE))
+        told = [tell(scene, random, _language(random, recipe)) for tell in random.sample(DENSE, DENSE_PER_SCENE)]
+        conversations.extend(("sft", [0], [question]) for question in told if question)
     return [scene], conversations
 
 

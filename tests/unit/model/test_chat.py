@@ -29,6 +29,12 @@ def test_digits_are_single_tokens(tokenizer):
     assert len(encode_text(tokenizer, "1234")) == 4
 
 
+def test_chinese_characters_are_single_tokens_however_often_they_stand_together(tmp_path):
+    tokenizer = train_tokenizer(["这是红色的圆环", "大红色圆环 large red ring"] * 50, 1024, tmp_path)
+    assert [tokenizer.decode([i]) for i in encode_text(tokenizer, "大红色圆环")] == list("大红色圆环")
+    assert [tokenizer.decode([i]) for i in encode_text(tokenizer, " red ring")] == [" red", " ring"]
+
+
 @given(text=st.text(max_size=40))
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_survives_the_round_trip(tokenizer, text):
