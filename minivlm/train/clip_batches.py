@@ -1,4 +1,7 @@
-"""What the clip job's workers need, and its micro-batches: uint8 pictures and caption ids, in a planned order."""
+"""What the clip job's workers need, and its micro-batches: uint8 pictures and caption ids, in a planned order.
+
+Without torch, because Ray Data's processes import it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,14 @@ def pairs_of(job: ClipJob, step: int, rank: int) -> np.ndarray:
     return order[start : start + mine]
 
 
-def load_pairs(job: ClipJob, captions: Captions, pairs: np.ndarray) -> dict[str, Tensor]:
+def load_pairs(job: ClipJob, captions: Captions, pairs: np.ndarray) -> dict[str, np.ndarray]:
     """pixels [B, 3, H, W] uint8, input_ids [B, T] int64, pictures and caption_ids [B] int64."""
     pictures = captions.pictures[pairs]
     return {
-        "pixels": torch.from_numpy(open_pixels(job)[pictures]),
-        "input_ids": torch.from_numpy(captions.input_ids[pairs].astype(np.int64)),
-        "pictures": torch.from_numpy(pictures.astype(np.int64)),
-        "caption_ids": torch.from_numpy(captions.caption_ids[pairs].astype(np.int64)),
+        "pixels": np.asarray(open_pixels(job)[pictures]),
+        "input_ids": captions.input_ids[pairs].astype(np.int64),
+        "pictures": pictures.astype(np.int64),
+        "caption_ids": captions.caption_ids[pairs].astype(np.int64),
     }
 
 
@@ -133,11 +134,3 @@ def make_rows(job: ClipJob, block: pa.Table) -> pa.Table:
     pairs = [pairs_of(job, *divmod(number, job.world_size)) for number in numbers]
     payloads = [save(load_pairs(job, captions, chosen)) for chosen in pairs]
     return pa.table({"id": pa.array(numbers, pa.int64()), "payload": pa.array(payloads, pa.large_binary())})
-
-
-def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 pixel_values, as CLIP's image processor ends."""
-    shape = (1, 3, 1, 1)
-    return (pixels.float() / 255 - torch.tensor(mean, device=pixels.device).view(shape)) / torch.tensor(
-        std, device=pixels.device
-    ).view(shape)

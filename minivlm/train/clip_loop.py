@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import CLIPModel
 from minivlm.model.clip import build_clip, clip_image_processor, clip_loss, save_clip
 from minivlm.scoring.retrieval import retrieval_recall
 from minivlm.storage import new_directory, write_json
-from minivlm.train.clip_batches import Captions, ClipJob, load_pairs, normalize_pixels
+from minivlm.train.clip_batches import Captions, ClipJob, load_pairs
 from minivlm.train.metrics import METRICS_FILE, MetricsWriter
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at
 
@@ -154,9 +154,17 @@ def _retrieval(job: ClipJob, towers: Towers, device: torch.device, first: int, c
     if not count:
         return {"num_pairs": 0, "recall@1": 0.0, "recall@5": 0.0}
     batch = load_pairs(job, Captions.load(job.work), np.arange(first, first + count))
-    image, text = towers({name: tensor.to(device) for name, tensor in batch.items()})
+    image, text = towers({name: torch.from_numpy(array).to(device) for name, array in batch.items()})
     figures: dict[str, float | int] = {"num_pairs": count}
     for k in (1, 5):
         figures[f"recall@{k}"] = retrieval_recall(image, text, k)
         figures[f"caption/recall@{k}"] = retrieval_recall(text, image, k)
     return figures
+
+
+def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 pixel_values, as CLIP's image processor ends."""
+    shape = (1, 3, 1, 1)
+    return (pixels.float() / 255 - torch.tensor(mean, device=pixels.device).view(shape)) / torch.tensor(
+        std, device=pixels.device
+    ).view(shape)

@@ -1,7 +1,7 @@
 """What Ray Train's controller and workers unpickle: entry points and datasets of the stages and of the clip job.
 
-Kept apart from the loops and from `launch`, so that a process imports DeepSpeed and transformers only where it needs
-them: a start costs seconds, most of them imports.
+Kept apart from the loops and from `launch`, so that a process imports torch, DeepSpeed and transformers only where it
+needs them: a start costs seconds, most of them imports. Ray Data's coordinators need none of the three.
 """
 
 import json
@@ -14,7 +14,6 @@ from typing import Any
 
 import ray.data
 import ray.train
-import ray.train.torch
 from ray.data import Dataset
 
 from minivlm.data.stream import feed_trainers, micro_batch_dataset
@@ -63,9 +62,11 @@ def stage_worker(config: dict[str, StageJob]) -> dict[str, str]:
 def clip_worker(config: dict[str, ClipJob]) -> dict[str, str]:
     """What Ray Train starts in each worker of the clip job: `{"job": job}` -> the loop's outcome."""
     rows, job = shard_rows(), config["job"]
-    from minivlm.train.clip_loop import train_loop  # only workers pay for importing it
+    from ray.train.torch import get_device  # only workers pay for importing these
 
-    return train_loop(job, rows, ray.train.torch.get_device() if job.use_gpu else None)
+    from minivlm.train.clip_loop import train_loop
+
+    return train_loop(job, rows, get_device() if job.use_gpu else None)
 
 
 def shard_rows() -> Iterator[dict[str, Any]]:

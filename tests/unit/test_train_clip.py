@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 from minivlm.data.images import ImageLimits
 from minivlm.model.clip import clip_image_processor, clip_loss
-from minivlm.train.clip_batches import Captions, ClipJob, normalize_pixels, pairs_of
-from minivlm.train.clip_loop import global_loss
+from minivlm.train.clip_batches import Captions, ClipJob, pairs_of
+from minivlm.train.clip_loop import global_loss, normalize_pixels
 from minivlm.train.contrastive import preprocess_uint8
 
 LIMITS = ImageLimits(10**7, 10**7, 10**4, 20.0)
