@@ -3,6 +3,7 @@
 A job is `typer` arguments -> `load_config` -> `connect` and one call of `minivlm.workflow` -> where the result is.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,6 @@ from typing import Any
 
 import typer
 
-from minivlm.config import ConfigError
-from minivlm.data.errors import DataError
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.serve.app import ServeError
 from minivlm.train.stages import TrainingError
@@ -19,18 +18,23 @@ from minivlm.train.stages import TrainingError
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 CONFIG = typer.Option(TINY, "--config", help="YAML settings; configs/tiny.yaml is the embedded default.")
 OVERRIDES = typer.Argument(None, metavar="[KEY.PATH=VALUE]...", help="Settings that replace those of the file.")
-USER_ERRORS = (ConfigError, DataError, TrainingError, CheckpointError, ServeError, FileNotFoundError)
-"""Their message says all: what is wrong and what to type."""
+USER_ERRORS = (ValueError, TrainingError, CheckpointError, ServeError, FileNotFoundError)
+"""Their message says all: what is wrong and what to type. ConfigError and DataError are ValueErrors."""
 
 DRY_RUN = typer.Option(False, "--dry-run", help="Print the resolved settings, sizes and placement; run nothing.")
 
 
 def run_job(main: Callable[..., Any]) -> None:
-    """Run a typer command; a mistake of the user's ends as one line on stderr and exit code 2, without a traceback."""
+    """Run a typer command; a mistake of the user's ends as one line on stderr and exit code 2.
+
+    MINIVLM_TRACEBACK=1 shows where it was raised.
+    """
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(help=sys.modules["__main__"].__doc__)(main)
     try:
         app()
     except USER_ERRORS as error:
+        if os.environ.get("MINIVLM_TRACEBACK") == "1":
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

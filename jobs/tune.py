@@ -15,7 +15,8 @@ def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:
     settings = load_config(config, overrides or [])
     connect(settings)
     best = sweep(settings)
-    print(f"best trial: {' '.join(best.best_overrides)} (val_loss {best.best_val_loss:.4f})")
+    print(f"best trial: {' '.join(best.reproduce)} (val_loss {best.best_val_loss:.4f})")
+    print(f"for a full run: {' '.join(best.best_overrides)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from minivlm.storage import content_hash
 
 def miniworld_dir(config: Config) -> Path:
     """Drawn data set."""
-    return config.root / "datasets" / f"miniworld-{content_hash([config.seed, _values(config.miniworld)])}"
+    return config.root / "datasets" / f"miniworld-{content_hash([FORMAT, config.seed, _values(config.miniworld)])}"
 
 
 def samples_dir(config: Config) -> Path:
@@ -83,10 +83,14 @@ def _file_key(path: Path) -> list[Any]:
     return [str(path), status.st_size if status else 0, status.st_mtime_ns if status else 0]
 
 
+FORMAT = 2
+"""Raised when the same settings draw other scenes, validate otherwise or train another tokenizer."""
+
+
 def _data_key(config: Config) -> list[Any]:
     data = config.data
     files = [_file_key(s.path) for group in (data.pretrain, data.sft, data.prompts, data.mpo) for s in group]
-    return [config.seed, _values(data), _values(config.miniworld) if config.uses_miniworld else None, files]
+    return [FORMAT, config.seed, _values(data), _values(config.miniworld) if config.uses_miniworld else None, files]
 
 
 _ENCODING = ("feature_layer", "encode_batch_size", "encode_precision")

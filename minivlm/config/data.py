@@ -18,7 +18,8 @@ class SourceConfig(Frozen):
     """Folder that the rows' `image` is relative to. Default: the folder of `path`."""
 
     split: Literal["train", "val", "test", "auto"] = "auto"
-    """What the rows are for. `auto` splits by picture with data.val_fraction and data.test_fraction."""
+    """What the rows are for. `auto` splits by picture with data.val_fraction and data.test_fraction. Pairs of data.mpo
+    all train: leave out those about pictures that you hold out."""
 
     task: str = "caption"
     """Task name of rows that carry none."""

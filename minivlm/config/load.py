@@ -47,7 +47,7 @@ class Config(Frozen):
     @property
     def uses_miniworld(self) -> bool:
         """True when no source is configured."""
-        return not (self.data.pretrain or self.data.sft or self.data.mpo)
+        return not (self.data.pretrain or self.data.sft or self.data.prompts or self.data.mpo)
 
     @model_validator(mode="after")
     def _spans(self) -> "Config":
@@ -55,6 +55,8 @@ class Config(Frozen):
             raise ValueError(
                 "data.val_fraction + data.test_fraction leave no training rows: add data.val_fraction=0.05"
             )
+        if any(source.split not in ("auto", "train") for source in self.data.mpo):
+            raise ValueError("all pairs of data.mpo are trained on: remove `split`, or the source")
         if not self.uses_miniworld and not (self.data.pretrain and self.data.sft):
             raise ValueError(
                 "data.pretrain and data.sft are needed together: add the missing one, or remove all sources"
@@ -73,9 +75,11 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Conf
         ConfigError: unreadable file, malformed override, unknown key (with the nearest known one), bad value.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         raise ConfigError(f"No config file {path}. Type --config configs/tiny.yaml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a text file: {error}. Type --config configs/tiny.yaml") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(tree, dict):

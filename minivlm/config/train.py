@@ -29,7 +29,7 @@ class StageConfig(Frozen):
     """Share of the steps spent warming up linearly; a cosine to 0 follows."""
 
     clip_norm: PositiveFloat = 1.0
-    """Global gradient norm above which gradients are scaled down."""
+    """Global gradient norm above which gradients are scaled down. Without effect where muon_learning_rate is set."""
 
     epochs: PositiveInt = 1
     """Passes over the stage's training rows."""

@@ -54,7 +54,7 @@ def parse_row(raw: Any) -> dict[str, Any]:
             raw = json.loads(raw)
         except json.JSONDecodeError as error:
             raise RowError(f"not JSON: {error.msg} at column {error.colno}") from None
-        except (UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, deep nesting
             raise RowError(f"not JSON: {type(error).__name__}") from None
     if not isinstance(raw, dict):
         raise RowError(f"a row must be an object with keys, not {type(raw).__name__}")
@@ -140,8 +140,8 @@ def _read_list(path: Path) -> list[Any]:
         raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}). Correct the file") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Save the file as UTF-8") from None
-    except RecursionError:
-        raise DataError(f"{path}: JSON nested too deeply. A LLaVA file is a flat list of rows") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {error}. A LLaVA file is a flat list of rows of text") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} holds a {type(rows).__name__}. A LLaVA file is a list of rows: [{{...}}, ...]")
     return rows

@@ -78,6 +78,10 @@ def check_chunk(block: pa.Table) -> Iterator[pa.Table]:
         yield pa.table({"checked": [json.dumps({"samples": checked.samples, "pairs": checked.pairs, "bad": bad})]})
 
 
+HELD_OUT_FIRST = ("test", "val", "train")
+"""A row with several pictures goes where the most closely kept of them belongs: none of those is trained on."""
+
+
 def choose_split(digest: str, val_fraction: float, test_fraction: float) -> str:
     """Split of a picture from its hex digest alone, so that one picture is never on both sides."""
     place = int(digest[:13], 16) / 16**13
@@ -89,8 +93,9 @@ def choose_split(digest: str, val_fraction: float, test_fraction: float) -> str:
 def _with_split(sample: Sample, rules: Rules) -> Sample:
     if sample.split != "auto":
         return sample
-    digest = sample.image_sha256[0] if sample.image_sha256 else sha256(sample.sample_id.encode()).hexdigest()
-    return replace(sample, split=choose_split(digest, rules.val_fraction, rules.test_fraction))
+    digests = sample.image_sha256 or (sha256(sample.sample_id.encode()).hexdigest(),)
+    splits = {choose_split(digest, rules.val_fraction, rules.test_fraction) for digest in digests}
+    return replace(sample, split=min(splits, key=HELD_OUT_FIRST.index))
 
 
 def _with_pictures(row: Row, source: Source, rules: Rules) -> Row:

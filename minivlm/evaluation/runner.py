@@ -120,7 +120,7 @@ def _write(config: Config, export: StageExport, questions: Sequence[Question], r
         "stage": export.stage,
         "checkpoint": str(export.checkpoint_dir),
         "reference": export.reference,
-        "questions": content_hash([[q.question_id, q.image_sha256, q.wrong_sha256] for q in questions]),
+        "questions": content_hash([[vars(question) for question in questions], config.evaluation.max_new_tokens]),
         "num_questions": len(questions),
     }
     write_results(config, export.stage, rows, results | summarize(rows))

@@ -84,7 +84,7 @@ def build_pairs(config: Config) -> Path:
 
 
 def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
-    """Questions to sample answers for: stage `prompts`, else the SFT training rows; only those with a known answer.
+    """Questions to sample answers for: training rows of `prompts`, else of SFT; only those with a known answer.
 
     Returns:
         Prompts by id, at most preferences.max_questions (a seeded choice), and why others were left out.
@@ -93,7 +93,7 @@ def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
         DataError: none is left.
     """
     folder = samples_dir(config)
-    samples = load_samples(folder, stage="prompts") or load_samples(folder, stage="sft", split="train")
+    samples = load_samples(folder, stage="prompts", split="train") or load_samples(folder, stage="sft", split="train")
     skipped: Counter[str] = Counter()
     prompts: dict[tuple[Any, ...], Prompt] = {}
     for sample in sorted(samples, key=lambda s: _stable(f"{config.seed}/{s.sample_id}")):

@@ -21,6 +21,9 @@ from minivlm.serve.errors import ApiError, from_validation
 from minivlm.serve.protocol import ChatRequest
 
 MAX_BODY_BYTES = 48 * 1024 * 1024
+MAX_ITEMS = 40_000
+"""Most commas, which bound the items of the JSON; the longest text has fewer, pictures next to none."""
+
 BODY_TIMEOUT_S = 30.0
 PAGE = Path(__file__).parent / "page" / "index.html"
 
@@ -75,6 +78,8 @@ async def _read(request: Request) -> ChatRequest:
             data = await _read_body(request)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s", code="timeout") from None
+    if data.count(b",") > MAX_ITEMS:
+        raise ApiError(413, f"the body has more than {MAX_ITEMS} commas", code="body_too_large")
     try:
         return ChatRequest.model_validate_json(data)
     except ValidationError as error:

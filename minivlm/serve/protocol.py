@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 MAX_IMAGES = 4
 MAX_TEXT_CHARS = 32_000
 MAX_MESSAGES = 256
+MAX_PARTS = 64
 MAX_CHOICES = 4
 MAX_STOPS = 4
 MAX_STOP_CHARS = 64
@@ -81,7 +82,7 @@ class ChatMessage(Strict):
     """One turn: text, or a list of text and picture parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_as_parts)]
+    content: Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True), BeforeValidator(_as_parts)]
     name: str | None = None
     """Accepted and ignored."""
 

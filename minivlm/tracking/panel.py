@@ -10,7 +10,8 @@ STYLE = "body{font:14px sans-serif}td,th{border:1px solid #ccc;padding:4px;verti
 
 
 def panel_html(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table with one column per key, in order of appearance; `data:image/..;base64,` values become pictures."""
+    """A table with one column per key, in order of appearance; `data:image/..;base64,` values, or
+    lists of them, become pictures."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     body = "\n".join("<tr>" + "".join(f"<td>{_cell(row.get(c, ''))}</td>" for c in columns) + "</tr>" for row in rows)
@@ -22,5 +23,7 @@ def panel_html(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "".join(_cell(item) for item in value)
     text = str(value)
     return f'<img src="{text}" alt="">' if PICTURE.fullmatch(text) else html.escape(text)

@@ -15,7 +15,7 @@ import ray.data
 from ray.train import FailureConfig, RunConfig, TrainingFailedError
 
 from minivlm import layout
-from minivlm.config import Config
+from minivlm.config import Config, ConfigError
 from minivlm.data.images import ImageLimits, read_image
 from minivlm.data.pipeline import prepare_samples, prepare_tokenizer
 from minivlm.data.samples import load_samples
@@ -88,6 +88,11 @@ def _prepare(config: Config, target: Path, work: Path) -> ClipJob:
     captions = Captions.build(ids, [place[sample.image_sha256[0]] for sample in chosen], pad_token_id=end)
     captions.save(work)
     batch = min(config.clip.global_batch_size, len(train)) // workers * workers
+    if not batch:
+        raise ConfigError(
+            f"clip.global_batch_size={config.clip.global_batch_size} with {len(train)} captions leaves nothing for "
+            f"{workers} workers: type clip.global_batch_size={workers} or more, or train.num_workers=1"
+        )
     return ClipJob(
         clip=config.clip.model_dump(),
         seed=config.seed,

@@ -6,6 +6,7 @@ they are multiplied by the world size here, and the gradient is that of the sum 
 """
 
 import logging
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Engine:
         self.world_size = dist.get_world_size()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses_muon = optimizer.muon_learning_rate > 0
+        self._clip_norm = math.inf if uses_muon else optimizer.clip_norm
         clip_norm = 0.0 if self._is_plain or uses_muon else optimizer.clip_norm
         config = deepspeed_config(zero_stage, precision, clip_norm=clip_norm, uses_muon=uses_muon)
         model = model.to(device)
@@ -82,7 +84,7 @@ class Engine:
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = rate * (peak / self._settings.learning_rate)
         if self._is_plain:
-            grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._settings.clip_norm)
+            grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip_norm)
             self._engine.step()
             return StepReport(rate, float(grad_norm))
         self._engine.step()

@@ -108,7 +108,7 @@ def finished_stage(config: Config, stage: StageName) -> StageResult:
     """Result of a stage that was trained before.
 
     Raises:
-        TrainingError: it was not, under this configuration.
+        TrainingError: it was not, under this configuration, or its checkpoint is gone.
     """
     path = layout.run_dir(config, stage) / RESULT_FILE
     if not path.exists():
@@ -118,6 +118,11 @@ def finished_stage(config: Config, stage: StageName) -> StageResult:
         )
     values = json.loads(path.read_text())
     folders = {name: Path(values[name]) for name in ("run_dir", "checkpoint_dir", "export_dir")}
+    if not folders["export_dir"].is_dir():
+        raise TrainingError(
+            f"{path} names the checkpoint {folders['checkpoint_dir']}, which is gone. "
+            f"Delete {path} and run: {STAGES[stage].command}"
+        )
     return StageResult(**{**values, **folders})
 
 

@@ -23,7 +23,7 @@ class OptimizerSettings:
     """Share of all steps."""
 
     clip_norm: float = 1.0
-    """Of AdamW's gradients; Muon's updates have a fixed size."""
+    """Of all gradients together. Not applied with Muon: DeepSpeed would scale its updates, which have a fixed size."""
 
     muon_learning_rate: float = 0.0
     """Peak of Muon; 0 = AdamW for everything."""

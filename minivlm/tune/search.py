@@ -52,6 +52,9 @@ class SearchResult:
     best_overrides: list[str]
     """What the best trial found, to be added to a full run."""
 
+    reproduce: list[str]
+    """Everything in which the best trial differs from the config."""
+
     trials: list[dict[str, Any]]
     """The fields of `TrialRow`, one dict per trial."""
 
@@ -153,7 +156,9 @@ def search(config: Config, on_trial: Callable[[dict[str, Any]], None] | None = N
         rows = [TrialRow(f"trial-{i}", trial_overrides(config, point), []) for i, point in enumerate(points)]
         _run(config, jobs, _Recorder(rows, jobs, ended))
     best, best_val_loss = best_trial(rows)
-    result = SearchResult(best_overrides(config, points[best]), [asdict(row) for row in rows], best_val_loss)
+    result = SearchResult(
+        best_overrides(config, points[best]), rows[best].overrides, [asdict(row) for row in rows], best_val_loss
+    )
     for index, job in enumerate(jobs):
         if index != best:
             _drop_training_state(job.run_dir)
@@ -237,9 +242,10 @@ def best_trial(rows: Sequence[TrialRow]) -> tuple[int, float]:
     """Index and value of the lowest last validation loss.
 
     Raises:
-        ConfigError: no trial has a finite one.
+        ConfigError: no trial that did not fail has a finite one.
     """
-    losses = {i: row.val_loss for i, row in enumerate(rows) if row.val_loss is not None and math.isfinite(row.val_loss)}
+    alive = {i: row.val_loss for i, row in enumerate(rows) if row.val_loss is not None and row.status != "failed"}
+    losses = {i: loss for i, loss in alive.items() if math.isfinite(loss)}
     if not losses:
         raise ConfigError(f"Every trial failed, the first with: {rows[0].error}. Try tune.max_learning_rate=1e-3")
     best = min(losses, key=lambda index: losses[index])

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import urllib.request
 from pathlib import Path
 
@@ -9,15 +10,22 @@ from minivlm.config import Config
 from minivlm.data.pipeline import load_samples
 from minivlm.layout import samples_dir
 from minivlm.schema import IMAGE_PLACEHOLDER
-from minivlm.serve.app import start_server, stop_server
+from minivlm.serve.app import KEY_VARIABLE, check_port_free, start_server, stop_server
 
 ASK_TIMEOUT_S = 60
+
+
+def check_port(config: Config) -> None:
+    """Raise ConfigError where `ask_champion` could not listen: better known before hours of training than after."""
+    check_port_free(config.serve.host, config.serve.port)
 
 
 def ask_champion(config: Config) -> str:
     """Question, answer and truth as one line."""
     samples = load_samples(samples_dir(config), split="test")
-    sample = next(sample for sample in samples if len(sample.images) == 1)
+    sample = next((sample for sample in samples if len(sample.images) == 1), None)
+    if sample is None:
+        return "nothing asked: no test question has exactly one picture"
     question = sample.messages[0].content.replace(IMAGE_PLACEHOLDER, "").strip()
     url = start_server(config)
     try:
@@ -36,6 +44,8 @@ def chat(base_url: str, model: str, question: str, picture: Path) -> str:
     request = urllib.request.Request(
         f"{base_url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+    if key := os.environ.get(KEY_VARIABLE):
+        request.add_header("Authorization", f"Bearer {key}")
     with urllib.request.urlopen(request, timeout=ASK_TIMEOUT_S) as response:
         text: str = json.load(response)["choices"][0]["message"]["content"]
     return text

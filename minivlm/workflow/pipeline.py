@@ -11,7 +11,7 @@ from minivlm.tracking.client import check_tracking
 from minivlm.tracking.runs import Run, start_run
 from minivlm.train.launch import check_resources
 from minivlm.workflow import steps
-from minivlm.workflow.ask import ask_champion
+from minivlm.workflow.ask import ask_champion, check_port
 
 T = TypeVar("T")
 
@@ -25,6 +25,8 @@ def run_pipeline(config: Config, *, sweep: bool, ask: bool) -> None:
     started = time.monotonic()
     check_tracking(config)
     check_resources(config)
+    if ask:
+        check_port(config)
     with start_run(config, "pipeline") as run:
         _run_steps(config, run, sweep=sweep)
     if ask:
@@ -39,7 +41,7 @@ def _run_steps(config: Config, run: Run, *, sweep: bool) -> None:
     stat = features.stat()
     run.log_metrics({"features/distinct": stat.distinct, "features/encoded": stat.encoded})
     if sweep:
-        _timed("sweep", lambda: steps.sweep(config, run), lambda found: f"best: {' '.join(found.best_overrides)}")
+        _timed("sweep", lambda: steps.sweep(config, run), lambda found: f"best: {' '.join(found.reproduce)}")
     for stage in STAGE_NAMES:
         if stage == "mpo":
             _timed("pairs", lambda: steps.build_preferences(config), str)

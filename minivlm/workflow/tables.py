@@ -1,13 +1,12 @@
 """Evaluation results as people see them: a table for the terminal, sample rows for the MLflow panel."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minivlm import layout
 from minivlm.config import Config, StageName
 from minivlm.data.settings import image_limits
 from minivlm.evaluation.report import choose_samples, thumbnail_uri
+from minivlm.evaluation.results import read_rows
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -28,8 +27,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def sample_rows(config: Config, stages: Sequence[StageName]) -> list[dict[str, Any]]:
     """Questions with pictures as data URIs, the truth, and each stage's answer; failures of the last stage first."""
-    paths = [layout.evaluation_dir(config, stage) / "samples.jsonl" for stage in stages]
-    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    rows = [read_rows(config, stage) for stage in stages]
     limits = image_limits(config)
     return [
         {

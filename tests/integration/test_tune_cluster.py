@@ -101,12 +101,12 @@ def test_every_trial_ran_and_the_best_has_the_lowest_loss(sweep):
     best = next(row for row in result.trials if row["val_loss"] == result.best_val_loss)
     assert [step for step, _ in best["curve"]] == [3, 6, 9]
     assert result.best_overrides == best["overrides"][:2]
+    assert result.reproduce == best["overrides"]
 
 
 def test_the_printed_overrides_find_the_best_trial_finished(home, sweep):
     result, _ = sweep
-    best = next(row for row in result.trials if row["status"] == "finished" and row["val_loss"] == result.best_val_loss)
-    changed = load_config(home / "sweep.yaml", best["overrides"])
+    changed = load_config(home / "sweep.yaml", result.reproduce)
     written = (run_dir(changed, "pretrain") / "result.json").stat().st_mtime_ns
     assert run_stage(changed, "pretrain").val_loss == result.best_val_loss
     assert (run_dir(changed, "pretrain") / "result.json").stat().st_mtime_ns == written
@@ -135,5 +135,7 @@ def test_a_diverged_trial_never_wins():
     diverged = TrialRow("a", [], [(1, 1.0), (2, math.nan)], status="failed", val_loss=math.nan, error="boom")
     worse, better = TrialRow("b", [], [(2, 3.0)], val_loss=3.0), TrialRow("c", [], [(2, 2.0)], val_loss=2.0)
     assert best_trial([diverged, worse, better]) == (2, 2.0)
+    died = TrialRow("d", [], [(1, 0.5)], status="failed", val_loss=0.5, error="boom")
+    assert best_trial([died, worse, better]) == (2, 2.0)
     with pytest.raises(ConfigError, match="Every trial failed, the first with: boom"):
         best_trial([diverged])

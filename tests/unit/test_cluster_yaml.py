@@ -66,3 +66,12 @@ def test_the_gpu_preset_asks_for_no_more_than_the_cluster_has(cluster):
     assert cluster["available_node_types"]["gpu"]["node_config"]["InstanceType"] == "g6e.12xlarge"
     assert config.train.num_workers <= nodes * gpus_per_node
     assert config.train.num_workers > gpus_per_node
+
+
+def test_the_machines_that_are_always_there_fit_the_gpu_preset(cluster):
+    train = load_config(REPOSITORY / "configs" / "gpu.yaml").train
+    gpus_and_cpus = {"g6e.12xlarge": (4, 48)}
+    node = cluster["available_node_types"]["gpu"]
+    gpus, cpus = gpus_and_cpus[node["node_config"]["InstanceType"]]
+    assert node["min_workers"] * gpus >= train.num_workers
+    assert node["min_workers"] * cpus > train.num_workers * train.cpus_per_worker

@@ -112,3 +112,19 @@ def test_automatic_precision_follows_the_hardware(monkeypatch, has_bfloat16, val
 def test_bfloat16_is_read_off_the_cpu(monkeypatch, flags, expected):
     monkeypatch.setattr(Path, "read_text", lambda self: f"flags : {flags}\n")
     assert cpu_has_bfloat16() is expected
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe seed: 1"])
+def test_what_is_no_text_file_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "a.yaml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.yaml cannot be read as a text file"):
+        load_config(path)
+
+
+def test_sources_that_would_be_left_unread_are_refused():
+    with pytest.raises(ConfigError, match="needed together"):
+        load_config(CONFIGS / "tiny.yaml", ["data.prompts=[{path: p.json}]"])
+    mine = ["data.pretrain=[{path: a.json}]", "data.sft=[{path: a.json}]"]
+    with pytest.raises(ConfigError, match=r"pairs of data\.mpo are trained on"):
+        load_config(CONFIGS / "tiny.yaml", [*mine, "data.mpo=[{path: p.jsonl, split: test}]"])

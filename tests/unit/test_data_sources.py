@@ -116,7 +116,8 @@ def test_bad_mmpr_rows_name_the_reason(change, reason):
         ("a.json", b'[{"id": 1},\n {"id": 2,,}]', r"a\.json, line 2: not JSON"),
         ("a.json", b'{"rows": []}', "holds a dict"),
         ("a.json", b"[\xff]", "not UTF-8"),
-        ("a.json", b"[" * 100_000, "nested too deeply|not JSON"),
+        ("a.json", b"[" * 100_000, "flat list of rows"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "flat list of rows"),
         ("a.csv", b"", "the ending says"),
     ],
 )
@@ -159,6 +160,22 @@ def test_splits_follow_the_picture_and_its_shares():
         "train",
         "train",
     ]
+
+
+def test_a_row_with_a_held_out_picture_is_held_out(tmp_path):
+    names = [f"{i}.png" for i in range(12)]
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name)
+    source = Source(str(tmp_path / "f.json"), str(tmp_path), "sft", "auto", "caption")
+    rules = Rules(LIMITS, 0.3, 0.3)
+    alone = check_rows([(i, row("<image>", "x", image=name)) for i, name in enumerate(names)], source, rules).samples
+    split = {sample["images"][0]: sample["split"] for sample in alone}
+    assert set(split.values()) == {"train", "val", "test"}
+    pairs = [[names[i], names[j]] for i in range(12) for j in range(12)]
+    both = check_rows([(i, row("<image><image>", "x", image=p)) for i, p in enumerate(pairs)], source, rules).samples
+    for sample in both:
+        kept = {split[picture] for picture in sample["images"]}
+        assert sample["split"] == ("test" if "test" in kept else "val" if "val" in kept else "train")
 
 
 def test_check_rows_resolves_digests_and_sets_aside(tmp_path):

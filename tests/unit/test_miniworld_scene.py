@@ -89,3 +89,11 @@ def test_a_sequence_shows_its_event(event):
         assert first.colour != last.colour
     else:
         assert (first is None, last is None) == (event == "appears", event == "disappears")
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_every_picture_of_a_change_is_a_scene_of_its_split(split):
+    for draw, kinds in ((draw_difference, DIFFERENCES), (draw_sequence, EVENTS)):
+        for kind in kinds:
+            scenes, _, _ = draw(Random(4), split, 3, kind)
+            assert {scene.split for scene in scenes} == {split}

@@ -65,6 +65,11 @@ def test_prompts_need_a_known_answer_and_one_turn(config: Config) -> None:
     assert skipped == {"not_single_turn": 1, "no_known_answer": 1, "asked_twice": 1}
 
 
+def test_held_out_prompts_are_not_asked(config: Config) -> None:
+    save(config, [sample(0), sample(1, split="test"), sample(2, split="val")])
+    assert [p.sample.sample_id for p in select_prompts(config)[0]] == ["s0"]
+
+
 def test_without_prompts_the_sft_training_rows_are_asked(config: Config) -> None:
     save(config, [sample(0, stage="sft"), sample(1, stage="sft", split="test"), sample(2, stage="pretrain")])
     assert [p.sample.sample_id for p in select_prompts(config)[0]] == ["s0"]

@@ -81,6 +81,12 @@ def test_a_refusal_is_short_and_repeats_nothing_that_was_sent():
     assert "s3cret" not in json.dumps(error.body())
 
 
+def test_a_long_list_of_wrong_parts_is_refused_at_its_first():
+    with pytest.raises(ValidationError) as caught:
+        parse(messages=[{"role": "user", "content": [0] * 30_000}])
+    assert caught.value.error_count() == 1
+
+
 def test_deep_nesting_is_refused_like_any_bad_json():
     with pytest.raises(ValidationError):
         ChatRequest.model_validate_json(b"[" * 100_000)

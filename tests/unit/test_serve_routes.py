@@ -206,6 +206,7 @@ def test_an_unknown_model_is_404_with_the_right_name(engine):
         ({"json": {"model": "minivlm", "messages": [{"role": "user", "content": "hi " * 300}]}}, 400),
         ({"json": {"model": "minivlm", "messages": [{"role": "user", "content": " "}]}}, 400),
         ({"content": b"model=minivlm", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415),
+        ({"content": b'{"a":[' + b"0," * 40_001 + b"0]}", "headers": {"content-type": "application/json"}}, 413),
         ({"content": b" " * (48 * 1024 * 1024 + 1), "headers": {"content-type": "application/json"}}, 413),
     ],
 )

@@ -166,3 +166,4 @@ def test_panels_escape_text_and_show_pictures_of_known_types_only():
     assert "&lt;script&gt;" in page
     assert "<script" not in page
     assert page.count("<img") == 1
+    assert panel_html("t", [{"pictures": [picture, picture]}]).count("<img") == 2

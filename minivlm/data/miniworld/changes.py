@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 
 from minivlm.data.miniworld.questions import Question
-from minivlm.data.miniworld.scene import COLOURS, GRID, Scene, Shape, draw_scene, draw_shape
+from minivlm.data.miniworld.scene import COLOURS, GRID, Scene, Shape, draw_any_scene, draw_scene, draw_shape
 
 Change = tuple[list[Scene], Question, Question]
 """Pictures in order, the question about them, and the question about them in the opposite order."""
@@ -17,6 +17,13 @@ _BACK = {"added": "removed", "removed": "added", "appears": "disappears", "disap
 
 def draw_difference(random: Random, split: str, max_shapes: int, kind: str) -> Change:
     """Two scenes that differ in one shape: added, removed, moved to another cell, or given another colour."""
+    while True:
+        scenes = _draw_pair(random, split, max_shapes, kind)
+        if scenes[1].split == split:
+            return _change("difference", scenes, kind)
+
+
+def _draw_pair(random: Random, split: str, max_shapes: int, kind: str) -> list[Scene]:
     first = draw_scene(random, split=split, min_shapes=2, max_shapes=max_shapes - 1)
     shapes = list(first.shapes)
     if kind == "added":
@@ -29,17 +36,23 @@ def draw_difference(random: Random, split: str, max_shapes: int, kind: str) -> C
         shapes.append(replace(actor, cell=random.choice(first.free_cells)))
     if kind == "recolored":
         shapes.append(replace(actor, colour=_other_colour(random, actor.colour)))
-    return _change("difference", [first, first.with_shapes(shapes)], kind)
+    return [first, first.with_shapes(shapes)]
 
 
 def draw_sequence(random: Random, split: str, max_shapes: int, event: str) -> Change:
     """Three frames: one shape moves a cell per frame, appears, disappears or changes its colour; the others stay."""
-    direction = random.choice(_DIRECTIONS) if event == "moves" else (0, 0)
     while True:
-        still = draw_scene(random, split=split, min_shapes=2, max_shapes=max(2, max_shapes - 1))
+        frames = _draw_frames(random, max_shapes, event)
+        if all(frame.split == split for frame in frames):
+            return _change("sequence", frames, event)
+
+
+def _draw_frames(random: Random, max_shapes: int, event: str) -> list[Scene]:
+    direction = random.choice(_DIRECTIONS) if event == "moves" else (0, 0)
+    path: list[int] = []
+    while not path:
+        still = draw_any_scene(random, 2, max(2, max_shapes - 1))
         path = _path(random, still, direction)
-        if path:
-            break
     actor = draw_shape(random, path[0])
     colour = _other_colour(random, actor.colour)
     turn = random.randint(1, 2)
@@ -51,7 +64,7 @@ def draw_sequence(random: Random, split: str, max_shapes: int, event: str) -> Ch
         elif event == "changes color" and t >= turn:
             now = replace(actor, colour=colour)
         frames.append(still.with_shapes([*still.shapes, now] if now else list(still.shapes)))
-    return _change("sequence", frames, event)
+    return frames
 
 
 def _change(task: str, scenes: list[Scene], kind: str) -> Change:

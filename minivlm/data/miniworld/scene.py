@@ -87,7 +87,7 @@ def draw_scene(random: Random, *, split: str, min_shapes: int, max_shapes: int, 
     counts above one are common.
     """
     while True:
-        scene = _draw_any(random, min_shapes, max_shapes, with_code)
+        scene = draw_any_scene(random, min_shapes, max_shapes, with_code)
         if scene.split == split:
             return scene
 
@@ -99,7 +99,8 @@ def draw_shape(random: Random, cell: int) -> Shape:
     return Shape(cell, size, random.choice(COLOURS), random.choice(SHAPES), shift)
 
 
-def _draw_any(random: Random, min_shapes: int, max_shapes: int, with_code: bool) -> Scene:
+def draw_any_scene(random: Random, min_shapes: int, max_shapes: int, with_code: bool = False) -> Scene:
+    """As `draw_scene`, of any split."""
     code, code_cell = "", 0
     if with_code:
         code = _draw_code(random)
