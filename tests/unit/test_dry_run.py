@@ -17,5 +17,5 @@ def test_gpu_settings_print_their_placement_without_the_data():
 def test_demo_prints_its_parameters_and_rows(tmp_path):
     text = describe(load_config(CONFIGS / "tiny.yaml", [f"storage_path={tmp_path}"]))
     assert "10 image tokens" in text
-    assert "sft              46,750 rows" in text
+    assert "sft              36,325 rows" in text
     assert list(tmp_path.iterdir()) == []
