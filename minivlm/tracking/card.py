@@ -55,6 +55,9 @@ def model_card(config: Config, results: Sequence[Mapping[str, Any]]) -> str:
     final = results[-1]
     language = config.model.language_model
     data = "the embedded miniworld (drawn scenes with known truth)" if config.uses_miniworld else _sources(config)
+    held_out = "about the pictures that the sources' splits keep for it"
+    if config.uses_miniworld:
+        held_out = "about pictures that neither training nor search nor early stopping has seen"
     front = "---\npipeline_tag: image-text-to-text\nlibrary_name: transformers\ntags: [llava, minivlm]\n---"
     return f"""{front}
 # {config.tracking.model_name}
@@ -65,8 +68,8 @@ It is the model after the `{final["stage"]}` stage, in the layout of `LlavaForCo
 
 ## Data
 Trained on {data}. Rows: `{layout.samples_dir(config).name}`, seed {config.seed}.
-Figures below are of the test split: {final["num_questions"]} questions (`{final["questions"]}`) about pictures that
-neither training nor search nor early stopping has seen.
+Figures below are of the test split: {final["num_questions"]} questions (`{final["questions"]}`)
+{held_out}.
 
 ## Training
 {_recipe(config)}

@@ -61,7 +61,8 @@ def train_clip(config: Config) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     result = json.loads((target / RESULT_FILE).read_text())
-    log.info("clip: test recall@1 %.3f among %d", result["test"]["recall@1"], result["test"]["num_pairs"])
+    test = result["test"]
+    log.info("clip: test recall@1 %.3f, @5 %.3f among %d", test["recall@1"], test["recall@5"], test["num_pairs"])
     return target
 
 
