@@ -6,7 +6,7 @@ from minivlm.data.miniworld.questions import Question, count_of
 from minivlm.data.miniworld.scene import COLOURS, Scene
 
 PROMPT = "Think step by step and end with 'Final answer: ..'."
-MAX_POINTS = 3
+MAX_POINTS = 5
 FIND_SHARE = 0.5
 """Share of answers that name every shape before they count."""
 
