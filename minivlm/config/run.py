@@ -31,6 +31,8 @@ class TuneConfig(Frozen):
     stage: Literal["pretrain", "sft"] = "pretrain"
     num_trials: PositiveInt = 4
     max_concurrent_trials: PositiveInt = 2
+    """Each is one process with `train.cpus_per_worker` CPUs and, with `train.use_gpu`, one GPU."""
+
     projectors: tuple[Literal["linear", "mlp2x_gelu"], ...] = ("linear", "mlp2x_gelu")
     """Grid; crossed with the learning rates drawn."""
 
@@ -43,9 +45,6 @@ class TuneConfig(Frozen):
 
     num_reports: PositiveInt = 3
     """Validation reports per trial; ASHA may stop it at each."""
-
-    num_workers: PositiveInt = 1
-    """Ray Train workers of one trial."""
 
 
 class TrackingConfig(Frozen):

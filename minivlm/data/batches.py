@@ -4,18 +4,23 @@ Imports torch only inside the task: Ray Data's coordinators import this module t
 """
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from minivlm.data.plan import MicroBatch
+from minivlm.data.plan import MicroBatch, PlannedStep
 from minivlm.data.tokens import TokenTable
 
 if TYPE_CHECKING:
     from minivlm.data.features import FeatureCache
+
+
+MICRO_BATCHES_PER_BLOCK = 16
+"""A block costs Ray's scheduler tens of milliseconds, as much as a small training step: so it holds several rows."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,36 @@ def open_features(directory: str) -> "FeatureCache":
     from minivlm.data.features import FeatureCache
 
     return FeatureCache.open(Path(directory))
+
+
+def plan_blocks(
+    table_dir: Path, steps: Sequence[PlannedStep], *, world_size: int, first_step: int = 0
+) -> list[list[BatchRow]]:
+    """The plan's micro-batches, several steps of one rank per block; block j is for rank j % world_size.
+
+    The steps of a block give every rank equally many rows.
+
+    Args:
+        steps: what is left of the plan; `first_step` is the number of the first of them.
+    """
+    num_labels = open_table(str(table_dir)).num_labels
+    ranks: list[list[BatchRow]] = [[] for _ in range(world_size)]
+    blocks: list[list[BatchRow]] = []
+    for step, planned in enumerate(steps, start=first_step):
+        count = len(planned.micro_batches)
+        tokens = sum(int(num_labels[entry]) for rows in planned.micro_batches for row in rows for entry in row)
+        for index, micro_batch in enumerate(planned.micro_batches):
+            is_last = index >= count - world_size
+            ranks[index % world_size].append(BatchRow(step, is_last, tokens, len(planned.units), micro_batch))
+        if len(ranks[0]) >= MICRO_BATCHES_PER_BLOCK or planned is steps[-1]:
+            blocks += ranks
+            ranks = [[] for _ in range(world_size)]
+    return blocks
+
+
+def payload_block(payload: Any) -> pa.Table:
+    """What a task gets that maps payloads: a table of one pickled row."""
+    return pa.table({"payload": pa.array([pickle.dumps(payload)], pa.binary())})
 
 
 def make_batches(

@@ -3,7 +3,6 @@
 Kept apart from the other data steps because Ray Train's processes import it, and every import costs them seconds.
 """
 
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,11 +14,8 @@ import ray.data
 from ray.data import Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from minivlm.data.batches import BatchRow, make_batches, open_table
+from minivlm.data.batches import make_batches, payload_block, plan_blocks
 from minivlm.data.plan import PlannedStep
-
-MICRO_BATCHES_PER_BLOCK = 16
-"""A block costs Ray's scheduler tens of milliseconds, as much as a small training step: so it holds several rows."""
 
 UNSPLIT_BYTES = 2**40
 """Block size that Ray Data never reaches: split blocks would go to the wrong ranks."""
@@ -64,9 +60,9 @@ def micro_batch_dataset(
 ) -> Dataset:
     """The plan as a Ray dataset: one row = one micro-batch; one block = the next rows of one rank, from one task.
 
-    The steps of a block give every rank equally many rows, so `streaming_split(world_size, equal=True)` under
-    preserve_order (the next block goes to the rank with the fewest rows) hands block j to rank j % world_size. Where
-    Ray Train does the split, its DataConfig needs `ExecutionOptions(preserve_order=True)`: it replaces ours.
+    Under preserve_order `streaming_split(world_size, equal=True)` gives the next block to the rank with the fewest
+    rows, so the blocks of `plan_blocks` go to the ranks in turn. Where Ray Train does the split, its DataConfig needs
+    `ExecutionOptions(preserve_order=True)`: it replaces ours.
 
     Args:
         steps: what is left of the plan; `first_step` is the number of the first of them.
@@ -75,18 +71,7 @@ def micro_batch_dataset(
         Columns: step; is_last (last micro-batch of its step on its rank); num_tokens (supervised) and num_units, both
         of the whole step over all ranks; payload (`unpack_batch` gives the batch).
     """
-    num_labels = open_table(str(table_dir)).num_labels
-    ranks: list[list[BatchRow]] = [[] for _ in range(world_size)]
-    blocks: list[list[BatchRow]] = []
-    for step, planned in enumerate(steps, start=first_step):
-        count = len(planned.micro_batches)
-        tokens = sum(int(num_labels[entry]) for rows in planned.micro_batches for row in rows for entry in row)
-        for index, micro_batch in enumerate(planned.micro_batches):
-            is_last = index >= count - world_size
-            ranks[index % world_size].append(BatchRow(step, is_last, tokens, len(planned.units), micro_batch))
-        if len(ranks[0]) >= MICRO_BATCHES_PER_BLOCK or planned is steps[-1]:
-            blocks += ranks
-            ranks = [[] for _ in range(world_size)]
+    blocks = plan_blocks(table_dir, steps, world_size=world_size, first_step=first_step)
     make = partial(make_batches, str(table_dir), str(features_dir), image_token_id, pad_token_id)
     return feed_trainers(map_tasks(make, blocks, CPUS_PER_BATCH_TASK, -(-world_size // RANKS_PER_BATCH_TASK)))
 
@@ -98,8 +83,7 @@ def map_tasks(
     concurrency: int | None,
 ) -> Dataset:
     """One Ray task per payload, results in their order. The changed settings stay with this dataset."""
-    blocks = [pa.table({"payload": pa.array([pickle.dumps(payload)], pa.binary())}) for payload in payloads]
-    dataset = ray.data.from_arrow(blocks).map_batches(
+    dataset = ray.data.from_arrow([payload_block(payload) for payload in payloads]).map_batches(
         function,
         batch_size=None,
         batch_format="pyarrow",

@@ -15,6 +15,7 @@ from typing import Any
 import ray.data
 import ray.train
 from ray.data import Dataset
+from ray.train import Checkpoint, CheckpointUploadMode
 
 from minivlm.data.stream import feed_trainers, micro_batch_dataset
 from minivlm.model.checkpoint import MANIFEST, newest_complete
@@ -53,10 +54,26 @@ def clip_dataset(job: ClipJob) -> Dataset:
 
 def stage_worker(config: dict[str, StageJob]) -> dict[str, str]:
     """What Ray Train starts in each worker of a stage: `{"job": job}` -> the loop's outcome."""
-    rows = shard_rows()  # data tasks start while this process imports
-    from minivlm.train.loop import train_loop  # only workers pay for importing it
+    rows, job = shard_rows(), config["job"]  # data tasks start while this process imports
+    import torch  # only workers pay for importing these
+    from ray.train.torch import get_device
 
-    return train_loop(config["job"], rows)
+    from minivlm.train.loop import train_loop
+
+    device = get_device() if job.config.train.use_gpu else torch.device("cpu")
+    return train_loop(job, rows, device, report_to_ray_train)
+
+
+def report_to_ray_train(metrics: dict[str, Any], checkpoint: Path | None) -> None:
+    """Tell the driver (a barrier). The checkpoint is complete and in its place: Ray uploads nothing."""
+    if checkpoint is None:
+        ray.train.report(metrics)
+        return
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(str(checkpoint)),
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    )
 
 
 def clip_worker(config: dict[str, ClipJob]) -> dict[str, str]:

@@ -8,7 +8,7 @@ decide where to continue, so Ray's record of an earlier attempt is removed befor
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
-    UserCallback,
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -72,13 +71,10 @@ class StageResult:
     """Last line of the curve."""
 
 
-def run_stage(config: Config, stage: StageName, *, report_callbacks: Sequence[UserCallback] = ()) -> StageResult:
+def run_stage(config: Config, stage: StageName) -> StageResult:
     """Train a stage to its end; a finished one returns at once, an interrupted one continues.
 
     Needs an initialised Ray. The same command gives the same weights, interrupted or not.
-
-    Args:
-        report_callbacks: called in the controller with each validation and checkpoint report (Tune's, say).
 
     Raises:
         ConfigError: unknown stage, or a placement that this cluster can never schedule.
@@ -91,17 +87,13 @@ def run_stage(config: Config, stage: StageName, *, report_callbacks: Sequence[Us
         log.info("%s is finished, nothing to do: %s", stage, run_dir)
         return finished_stage(config, stage)
     check_resources(config)
-    return train_job(make_job(config, stage), report_callbacks=report_callbacks)
-
-
-def train_job(job: StageJob, *, report_callbacks: Sequence[UserCallback] = ()) -> StageResult:
-    """What `run_stage` does once all inputs are resolved; arguments and errors as there."""
+    job = make_job(config, stage)
     first_step = newest_step(job.run_dir)
     if first_step < job.total_steps:
         if first_step:
             log.info("%s continues after step %d of %d: %s", job.stage, first_step, job.total_steps, job.run_dir)
-        _train(job, first_step, report_callbacks)
-    return _finish(job)
+        _train(job, first_step)
+    return finish(job)
 
 
 def finished_stage(config: Config, stage: StageName) -> StageResult:
@@ -199,7 +191,7 @@ def _tables(config: Config, stage: StageName) -> tuple[Path, Path | None]:
     return table, None
 
 
-def _train(job: StageJob, first_step: int, report_callbacks: Sequence[UserCallback]) -> None:
+def _train(job: StageJob, first_step: int) -> None:
     train = job.config.train
     job.run_dir.mkdir(parents=True, exist_ok=True)
     for name in RAY_RECORDS:
@@ -210,7 +202,6 @@ def _train(job: StageJob, first_step: int, report_callbacks: Sequence[UserCallba
         storage_path=str(job.run_dir.parent),
         failure_config=FailureConfig(max_failures=train.max_failures),
         checkpoint_config=CheckpointConfig(),
-        callbacks=list(report_callbacks),
         worker_runtime_env={"env_vars": worker_environment(job.config)},
     )
     trainer = torch_trainer(job.config, stage_worker, job, partial(stage_dataset, job), run_config)
@@ -262,8 +253,12 @@ def _explain(job: StageJob, error: TrainingFailedError) -> str:
     return f"{job.stage} stopped: {reason}. {kept}; type the same command to continue"
 
 
-def _finish(job: StageJob) -> StageResult:
-    """Write result.json from the last checkpoint's manifest."""
+def finish(job: StageJob) -> StageResult:
+    """Write result.json from the last checkpoint's manifest.
+
+    Raises:
+        TrainingError: there is none.
+    """
     checkpoint = newest_complete(job.run_dir)
     if checkpoint is None:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""The training loop of every stage, as it runs in each Ray Train worker. Started by `minivlm.train.launch`.
+"""The training loop of every stage, as it runs in each process of a group: a Ray Train worker, or a trial alone.
 
 One optimizer step: read this rank's micro-batches of the step, sum the counts over all ranks, forward and backward
 each micro-batch divided by those counts, sum the metrics over all ranks, update. Validation and saving come between.
@@ -8,15 +8,12 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint, CheckpointUploadMode
 from torch import Tensor
 
 from minivlm.data.collate import collate, unpack_batch
@@ -46,10 +43,12 @@ WHITENING_TOKENS = 20_000
 """Image tokens that a new projector is fitted to."""
 
 Rows = Iterator[dict[str, Any]]
+Report = Callable[[dict[str, Any], Path | None], None]
+"""Called on all ranks with the metrics of a validation or a save, and the folder of the committed checkpoint if any."""
 
 
-def train_loop(job: StageJob, rows: Rows) -> dict[str, str]:
-    """Run (or continue) one stage on this rank.
+def train_loop(job: StageJob, rows: Rows, device: torch.device, report: Report) -> dict[str, str]:
+    """Run (or continue) one stage on this rank of the initialised torch.distributed group.
 
     Args:
         rows: this rank's micro-batches of the steps that are left, in order.
@@ -60,7 +59,7 @@ def train_loop(job: StageJob, rows: Rows) -> dict[str, str]:
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(job.config.train.threads_per_worker)
-    worker = StageWorker(job)
+    worker = StageWorker(job, device, report)
     try:
         worker.run(rows)
     except TrainingError as error:
@@ -91,11 +90,11 @@ def initial_model(job: StageJob) -> MiniVLM:
 class StageWorker:
     """One rank of one stage."""
 
-    def __init__(self, job: StageJob) -> None:
+    def __init__(self, job: StageJob, device: torch.device, report: Report) -> None:
         train, settings = job.config.train, job.settings
         self.job, self.stage = job, STAGES[job.stage]
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = ray.train.torch.get_device() if train.use_gpu else torch.device("cpu")
+        self.device, self._report_to = device, report
         model = initial_model(job)
         for part in ("projector", "language_model"):
             getattr(model, part).requires_grad_(part in settings.trainable)
@@ -268,18 +267,10 @@ class StageWorker:
         return final[0]
 
     def _report(self, line: dict[str, float], checkpoint: Path | None) -> None:
-        """Tell the driver (a barrier). The checkpoint is complete and in its place: Ray uploads nothing."""
         metrics: dict[str, Any] = {"stage": self.job.stage, "total_steps": self.job.total_steps, **line}
         if "val/loss" in line:
             metrics["val_loss"] = line["val/loss"]
-        if checkpoint is None:
-            ray.train.report(metrics)
-            return
-        ray.train.report(
-            metrics,
-            checkpoint=Checkpoint.from_directory(str(checkpoint)),
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
-        )
+        self._report_to(metrics, checkpoint)
 
 
 def read_step(rows: Rows, step: int) -> list[Batch]:

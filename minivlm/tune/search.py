@@ -13,11 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
-from ray.train import Checkpoint
-from ray.train.v2.api.callback import TrainRunContext
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from minivlm import layout
@@ -25,13 +21,9 @@ from minivlm.config import Config, ConfigError
 from minivlm.log import Progress, get_logger
 from minivlm.storage import content_hash, write_json
 from minivlm.train.job import StageJob
-from minivlm.train.launch import DATA_CPUS, RESULT_FILE, check_resources, make_job, run_stage, train_job
-from minivlm.train.metrics import METRICS_FILE, read_metrics
-from minivlm.tune.space import Trial, best_overrides, concurrent_trials, trial_config, trial_overrides, trials
-
-METRIC = "val/loss"
-TRIAL_RESOURCES = {"CPU": 0, "node:__internal_head__": 0.001}
-"""A trial only waits for its workers: it stands on the head node and takes no CPU from them."""
+from minivlm.train.launch import RESULT_FILE, check_resources, make_job, run_stage
+from minivlm.tune.space import Trial, best_overrides, trial_config, trial_overrides, trials
+from minivlm.tune.trial import METRIC, run_trial
 
 REDUCTION_FACTOR = 2
 """ASHA keeps the better half at each report."""
@@ -59,16 +51,6 @@ class SearchResult:
     """The fields of `TrialRow`, one dict per trial."""
 
     best_val_loss: float
-
-
-class _ValidationReports(TuneReportCallback):
-    """Forward the reports that carry a validation loss; those of plain checkpoints would confuse ASHA's count."""
-
-    def after_report(
-        self, run_context: TrainRunContext, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
-        if METRIC in metrics[0]:
-            super().after_report(run_context, [{METRIC: metrics[0][METRIC], "step": metrics[0]["step"]}], None)
 
 
 @dataclass
@@ -191,27 +173,20 @@ def _jobs(config: Config, points: Sequence[Trial]) -> list[StageJob]:
 
 def _run(config: Config, jobs: list[StageJob], recorder: _Recorder) -> None:
     settings, train = config.tune, config.train
-    available = ray.cluster_resources()
-    concurrent = concurrent_trials(
-        wanted=settings.max_concurrent_trials,
-        num_workers=settings.num_workers,
-        cpus=available.get("CPU", 0.0),
-        cpus_per_worker=train.cpus_per_worker,
-        reserved_cpus=DATA_CPUS,
-        gpus=available.get("GPU", 0.0) if train.use_gpu else None,
-    )
     os.environ.update(ENVIRONMENT)
     folder = search_dir(config)
     shutil.rmtree(folder / "ray", ignore_errors=True)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, jobs=jobs), TRIAL_RESOURCES),
+        tune.with_resources(
+            tune.with_parameters(run_trial, jobs=jobs), {"CPU": train.cpus_per_worker, "GPU": int(train.use_gpu)}
+        ),
         param_space={"index": tune.grid_search(list(range(len(jobs))))},
         tune_config=tune.TuneConfig(
             metric=METRIC,
             mode="min",
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=settings.max_concurrent_trials,
             scheduler=_scheduler(settings.num_reports),
-            reuse_actors=False,  # with the actor of a stopped trial its training ends too
+            reuse_actors=True,  # a start costs seconds, most of them imports
         ),
         run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, callbacks=[recorder]),
     )
@@ -225,17 +200,6 @@ def _scheduler(num_reports: int) -> ASHAScheduler | None:
     return ASHAScheduler(
         max_t=num_reports - 1, grace_period=1, reduction_factor=REDUCTION_FACTOR, stop_last_trials=False
     )
-
-
-def run_trial(space: dict[str, int], jobs: list[StageJob]) -> None:
-    """One trial, inside its Tune actor: train, or say again what a trial that is finished has reported."""
-    job = jobs[space["index"]]
-    if not (job.run_dir / RESULT_FILE).exists():
-        train_job(job, report_callbacks=[_ValidationReports()])
-        return
-    for line in read_metrics(job.run_dir / METRICS_FILE):
-        if METRIC in line:
-            tune.report({METRIC: line[METRIC], "step": int(line["step"])})
 
 
 def best_trial(rows: Sequence[TrialRow]) -> tuple[int, float]:

@@ -44,7 +44,7 @@ def trial_overrides(config: Config, trial: Trial) -> list[str]:
         *best_overrides(config, trial),
         f"train.{tune.stage}.max_steps={tune.max_steps}",
         f"train.{tune.stage}.num_evals={tune.num_reports}",
-        f"train.num_workers={tune.num_workers}",
+        "train.num_workers=1",
     ]
 
 
@@ -53,23 +53,6 @@ def trial_config(config: Config, trial: Trial) -> Config:
     tune = config.tune
     changes = {"learning_rate": trial.learning_rate, "max_steps": tune.max_steps, "num_evals": tune.num_reports}
     stage = getattr(config.train, tune.stage).model_copy(update=changes)
-    train = config.train.model_copy(update={tune.stage: stage, "num_workers": tune.num_workers})
+    train = config.train.model_copy(update={tune.stage: stage, "num_workers": 1})
     model = config.model.model_copy(update={"projector": trial.projector})
     return config.model_copy(update={"train": train, "model": model})
-
-
-def concurrent_trials(
-    *, wanted: int, num_workers: int, cpus: float, cpus_per_worker: float, reserved_cpus: float, gpus: float | None
-) -> int:
-    """How many trials fit beside each other, at least one: trials that cannot be scheduled would wait, holding others.
-
-    Args:
-        cpus: logical CPUs of the cluster.
-        cpus_per_worker: what one training worker reserves.
-        reserved_cpus: left for Ray Data and for the trials' own actors.
-        gpus: GPUs of the cluster where a worker takes one; None where workers take none.
-    """
-    fits = math.floor((cpus - reserved_cpus) / (num_workers * cpus_per_worker) + 1e-9)
-    if gpus is not None:
-        fits = min(fits, math.floor(gpus / num_workers))
-    return max(1, min(wanted, fits))

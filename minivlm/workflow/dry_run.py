@@ -64,12 +64,11 @@ def _placement(config: Config) -> list[str]:
     train, clip, evaluation, serve = config.train, config.clip, config.evaluation, config.serve
     device = "GPU, nccl" if train.use_gpu else "CPU, gloo"
     training = f"Ray Train workers, {device}, ZeRO-{train.zero_stage}, {train.precision}"
-    trial_cpus = train.cpus_per_worker * config.tune.num_workers
     rows = [
         ("encode", clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, f"CLIP, {clip.encode_precision}"),
         ("train", train.num_workers, train.cpus_per_worker, int(train.use_gpu), training),
         ("answer", evaluation.num_actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor, "generation actors"),
-        ("tune", config.tune.max_concurrent_trials, trial_cpus, int(train.use_gpu), "trials at a time"),
+        ("tune", config.tune.max_concurrent_trials, train.cpus_per_worker, int(train.use_gpu), "trials at a time"),
         ("serve", serve.num_replicas, serve.cpus_per_replica, serve.gpus_per_replica, f"on {serve.host}:{serve.port}"),
     ]
     lines = ["# placement", f"{'step':<8}{'count':>6}{'CPUs each':>11}{'GPUs each':>11}  what"]

@@ -3,19 +3,22 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from minivlm.config import Config, ConfigError, load_config
 from minivlm.data.pipeline import prepare_features, prepare_samples, prepare_tokenizer
 from minivlm.layout import run_dir
 from minivlm.model.clip import build_clip, save_clip
-from minivlm.train.launch import run_stage
+from minivlm.train.launch import StageResult, run_stage
 from minivlm.tune.search import SearchResult, TrialRow, best_trial, search
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(590)]
@@ -43,17 +46,12 @@ tune: {num_trials: 4, max_steps: 9, num_reports: 3, min_learning_rate: 1.0e-5, m
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[int], list[int]]) -> Iterator[Path]:
-    """A folder for all that is read and written, beside a running cluster of two CPUs.
-
-    With a dashboard: Ray Train frees the CPUs of a stopped trial only where it can ask the dashboard for its state.
-    """
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for all that is read and written, beside a running cluster of two CPUs."""
     folder = tmp_path_factory.mktemp("sweep")
     ray.init(
         num_cpus=2,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=free_ports(1)[0],
+        include_dashboard=False,
         object_store_memory=128 * 2**20,
         log_to_driver=False,
     )
@@ -110,6 +108,19 @@ def test_the_printed_overrides_find_the_best_trial_finished(home, sweep):
     written = (run_dir(changed, "pretrain") / "result.json").stat().st_mtime_ns
     assert run_stage(changed, "pretrain").val_loss == result.best_val_loss
     assert (run_dir(changed, "pretrain") / "result.json").stat().st_mtime_ns == written
+
+
+def test_ray_train_and_ray_data_give_the_same_weights_as_the_trial(home, sweep):
+    changed = load_config(home / "sweep.yaml", sweep[0].reproduce)
+    trained = weights(run_stage(changed, "pretrain"))
+    shutil.move(run_dir(changed, "pretrain"), home / "the-trial")
+    again = weights(run_stage(changed, "pretrain"))
+    assert trained.keys() == again.keys()
+    assert all(torch.equal(trained[name], again[name]) for name in trained)
+
+
+def weights(result: StageResult) -> dict[str, torch.Tensor]:
+    return load_file(result.export_dir / "model.safetensors")
 
 
 def test_no_trial_encoded_a_picture(config, sweep):

@@ -1,4 +1,4 @@
-"""The search space: what is tried, how it is written down, how many trials fit."""
+"""The search space: what is tried, how it is written down."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from minivlm.config import Config, load_config
-from minivlm.tune.space import Trial, best_overrides, concurrent_trials, trial_config, trial_overrides, trials
+from minivlm.tune.space import Trial, best_overrides, trial_config, trial_overrides, trials
 
 SPACE = {"projectors": ("linear", "mlp2x_gelu"), "min_learning_rate": 1e-4, "max_learning_rate": 1e-2}
 
@@ -37,9 +37,7 @@ def test_the_number_of_trials_is_kept_where_the_grid_does_not_fill():
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
 def test_printed_overrides_reproduce_the_trial_exactly(tmp_path: Path, stage: str):
     file = tmp_path / "config.yaml"
-    file.write_text(
-        f"storage_path: {tmp_path}\ntune: {{stage: {stage}, max_steps: 7, num_reports: 2, num_workers: 1}}\n"
-    )
+    file.write_text(f"storage_path: {tmp_path}\ntune: {{stage: {stage}, max_steps: 7, num_reports: 2}}\n")
     config = load_config(file)
     for trial in trials(**SPACE, num_trials=4, seed=0):
         assert load_config(file, trial_overrides(config, trial)) == trial_config(config, trial)
@@ -48,18 +46,3 @@ def test_printed_overrides_reproduce_the_trial_exactly(tmp_path: Path, stage: st
 def test_the_best_overrides_carry_projector_and_rate_but_not_the_short_schedule():
     found = best_overrides(Config(), Trial("linear", 0.00123))
     assert found == ["model.projector=linear", "train.pretrain.learning_rate=0.00123"]
-
-
-@pytest.mark.parametrize(
-    ("cpus", "gpus", "expected"),
-    [
-        (2.0, None, 2),  # (2 - 1 for data) / (1 worker x 0.5)
-        (1.7, None, 1),
-        (0.5, None, 1),  # never none: the stage's own check explains what does not fit
-        (64.0, None, 3),  # no more than wanted
-        (64.0, 2.0, 2),  # one GPU per worker
-    ],
-)
-def test_as_many_trials_run_beside_each_other_as_fit(cpus, gpus, expected):
-    found = concurrent_trials(wanted=3, num_workers=1, cpus=cpus, cpus_per_worker=0.5, reserved_cpus=1.0, gpus=gpus)
-    assert found == expected
