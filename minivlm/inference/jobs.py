@@ -8,10 +8,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import ray.data
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, Dataset
 
 from minivlm.config.run import EvaluationConfig
 from minivlm.data.plan import plan_epoch
@@ -64,21 +65,8 @@ def answer_blocks(
     """
     if not blocks:
         return
-    dataset = ray.data.from_arrow([_to_table(block) for block in blocks]).map_batches(
-        Generator,
-        fn_constructor_kwargs={
-            "features_dir": str(features_dir),
-            "decoding": decoding,
-            "device": _device(pool),
-            "num_threads": pool.threads_per_actor,
-        },
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(pool.num_actors, len(blocks))),
-        num_cpus=pool.cpus_per_actor,
-        num_gpus=pool.gpus_per_actor,
-    )
-    dataset.context.enable_progress_bars = False
+    tables = [_to_table(block) for block in blocks]
+    dataset = _map_actors(Generator, tables, pool, {"features_dir": str(features_dir), "decoding": decoding})
     sent = {frozenset(request.row_id for request in block) for block in blocks}
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         answers = [Answer(row["row_id"], row["text"], tuple(row["token_ids"])) for row in table.to_pylist()]
@@ -116,22 +104,8 @@ def score_table(
         pack_length=pack_length,
     )
     blocks = [pa.table({"rows": [json.dumps(rows) for rows in step.micro_batches if rows]}) for step in steps]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        LogProbs,
-        fn_constructor_kwargs={
-            "features_dir": str(features_dir),
-            "table_dir": str(table_dir),
-            "export_dir": str(export_dir),
-            "device": _device(pool),
-            "num_threads": pool.threads_per_actor,
-        },
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=min(pool.num_actors, len(blocks))),
-        num_cpus=pool.cpus_per_actor,
-        num_gpus=pool.gpus_per_actor,
-    )
-    dataset.context.enable_progress_bars = False
+    paths = {"features_dir": str(features_dir), "table_dir": str(table_dir), "export_dir": str(export_dir)}
+    dataset = _map_actors(LogProbs, blocks, pool, paths)
     logps: dict[int, float] = {row["entry"]: row["logp"] for row in dataset.iter_rows()}
     if sorted(logps) != list(range(len(table))):
         raise RuntimeError(f"{len(logps)} of {len(table)} entries of {table_dir} were scored: run the job again")
@@ -153,6 +127,22 @@ def _to_table(block: Sequence[Request]) -> pa.Table:
     )
 
 
-def _device(pool: EvaluationConfig) -> str:
-    """Of an actor: Ray shows it the GPU it was given, and a CPU actor must not look for one."""
-    return "cuda" if pool.gpus_per_actor > 0 else "cpu"
+def _map_actors(
+    actor: type[Generator] | type[LogProbs],
+    blocks: Sequence[pa.Table],
+    pool: EvaluationConfig,
+    arguments: dict[str, Any],
+) -> Dataset:
+    """Blocks through a pool of actors, each as it is. A CPU actor must not look for a GPU."""
+    device = "cuda" if pool.gpus_per_actor > 0 else "cpu"
+    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+        actor,
+        fn_constructor_kwargs={**arguments, "device": device, "num_threads": pool.threads_per_actor},
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=min(pool.num_actors, len(blocks))),
+        num_cpus=pool.cpus_per_actor,
+        num_gpus=pool.gpus_per_actor,
+    )
+    dataset.context.enable_progress_bars = False
+    return dataset

@@ -11,6 +11,7 @@ import yaml
 from minivlm.config import load_config
 
 REPOSITORY = Path(__file__).parent.parent.parent
+GPUS_AND_CPUS = {"g6e.12xlarge": (4, 48)}
 SCHEMA = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
 
 
@@ -59,19 +60,9 @@ def test_the_gpu_preset_loads_and_lies_on_the_mounted_file_system(cluster):
     assert config.train.precision == "bfloat16"
 
 
-def test_the_gpu_preset_asks_for_no_more_than_the_cluster_has(cluster):
-    config = load_config(REPOSITORY / "configs" / "gpu.yaml")
-    gpus_per_node = 4  # of a g6e.12xlarge
-    nodes = cluster["available_node_types"]["gpu"]["max_workers"]
-    assert cluster["available_node_types"]["gpu"]["node_config"]["InstanceType"] == "g6e.12xlarge"
-    assert config.train.num_workers <= nodes * gpus_per_node
-    assert config.train.num_workers > gpus_per_node
-
-
 def test_the_machines_that_are_always_there_fit_the_gpu_preset(cluster):
     train = load_config(REPOSITORY / "configs" / "gpu.yaml").train
-    gpus_and_cpus = {"g6e.12xlarge": (4, 48)}
     node = cluster["available_node_types"]["gpu"]
-    gpus, cpus = gpus_and_cpus[node["node_config"]["InstanceType"]]
-    assert node["min_workers"] * gpus >= train.num_workers
-    assert node["min_workers"] * cpus > train.num_workers * train.cpus_per_worker
+    gpus, cpus = GPUS_AND_CPUS[node["node_config"]["InstanceType"]]
+    assert gpus < train.num_workers <= node["min_workers"] * gpus
+    assert train.num_workers * train.cpus_per_worker < node["min_workers"] * cpus
