@@ -1,6 +1,7 @@
 """Where everything lies under storage_path. Pure: a path's name carries the hash of all that determines its content.
 
     datasets/miniworld-H      drawn pictures and LLaVA JSON        samples-H    validated rows, quarantine
+    pictures/                 those that lay inside of rows
     tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
     runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
     evaluations/STAGE-H       answers, metrics, report             mlflow/      tracking database and artifacts
@@ -24,6 +25,11 @@ def miniworld_dir(config: Config) -> Path:
 def samples_dir(config: Config) -> Path:
     """Validated rows of every stage and split."""
     return config.root / "datasets" / f"samples-{content_hash(_data_key(config))}"
+
+
+def pictures_dir(config: Config) -> Path:
+    """Pictures that lay inside of rows, each under its digest."""
+    return config.root / "pictures"
 
 
 def tokenizer_dir(config: Config) -> Path:
@@ -76,11 +82,17 @@ def _values(section: Any) -> Any:
     return section.model_dump(mode="json")
 
 
-def _file_key(path: Path) -> list[Any]:
-    """Size and time stand for the content of a user's file; a missing file is reported by its reader."""
-    path = path.expanduser().resolve()
-    status = path.stat() if path.exists() else None
-    return [str(path), status.st_size if status else 0, status.st_mtime_ns if status else 0]
+def _location_key(location: str) -> list[Any]:
+    """Sizes and times stand for the content of a user's files; what is missing is reported by its reader.
+
+    Of a catalogue the catalogue alone counts, of a hub data set its name.
+    """
+    if "://" in location:
+        return [location]
+    path = Path(location).expanduser().absolute()
+    files = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
+    found = [(file, file.stat()) for file in files if file.is_file()]
+    return [str(path), [[str(file), status.st_size, status.st_mtime_ns] for file, status in found]]
 
 
 FORMAT = 2
@@ -89,7 +101,7 @@ FORMAT = 2
 
 def _data_key(config: Config) -> list[Any]:
     data = config.data
-    files = [_file_key(s.path) for group in (data.pretrain, data.sft, data.prompts, data.mpo) for s in group]
+    files = [_location_key(s.path) for group in (data.pretrain, data.sft, data.prompts, data.mpo) for s in group]
     return [FORMAT, config.seed, _values(data), _values(config.miniworld) if config.uses_miniworld else None, files]
 
 

@@ -9,13 +9,17 @@ from minivlm.config.base import Frozen
 
 
 class SourceConfig(Frozen):
-    """One annotation file that the user brings."""
+    """Rows that the user brings, in any format that docs/data.md lists."""
 
-    path: Path
-    """LLaVA JSON (`.json`) or MMPR JSON lines (`.jsonl`)."""
+    path: str
+    """A file (.json, .jsonl, .parquet, .tar), a folder or a pattern of them, MMPR's meta.json, LLaMA-Factory's
+    dataset_info.json, or `hf://datasets/OWNER/NAME[@REVISION]`."""
+
+    subset: str | None = None
+    """Entry of a catalogue (default: all), or folder of a hub data set."""
 
     image_root: Path | None = None
-    """Folder that the rows' `image` is relative to. Default: the folder of `path`."""
+    """Folder that the rows' picture names are relative to. Default: the folder of each file."""
 
     split: Literal["train", "val", "test", "auto"] = "auto"
     """What the rows are for. `auto` splits by picture with data.val_fraction and data.test_fraction. Pairs of data.mpo

@@ -8,7 +8,6 @@ import json
 import logging
 from collections import Counter
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,18 @@ from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.lengths import encode_rows
 from minivlm.data.miniworld.write import build_miniworld, expected_rows
-from minivlm.data.samples import SampleWriter, load_pictures, load_rows, load_samples
+from minivlm.data.readers import list_parts, read_rows
+from minivlm.data.samples import SampleWriter, iter_rows, load_pictures
 from minivlm.data.settings import image_limits, num_image_tokens, sources, tokens_dir
-from minivlm.data.sources import read_rows
-from minivlm.data.stream import map_tasks
+from minivlm.data.stream import chain_tasks
 from minivlm.data.tokenizer import load_tokenizer, train_tokenizer
 from minivlm.data.tokens import TokenTable
-from minivlm.data.validate import Rules, Source, check_chunk
+from minivlm.data.validate import Rules, Source, check_chunks, read_chunks
 from minivlm.log import Progress, get_logger
 from minivlm.schema import BadRow
 from minivlm.storage import new_directory, write_bytes, write_json
 
-ROWS_PER_TASK = 500
+CPUS_PER_READ_TASK = 0.25
 
 _log = get_logger(__name__)
 
@@ -53,7 +52,8 @@ def prepare_samples(config: Config) -> Path:
     if config.uses_miniworld and not layout.miniworld_dir(config).is_dir():
         with new_directory(layout.miniworld_dir(config)) as drawn:
             build_miniworld(drawn, seed=config.seed, **config.miniworld.model_dump())
-    rules = Rules(image_limits(config), config.data.val_fraction, config.data.test_fraction)
+    pictures = str(layout.pictures_dir(config))
+    rules = Rules(image_limits(config), config.data.val_fraction, config.data.test_fraction, pictures)
     with new_directory(folder) as temporary:
         summary, first_bad = _validate(sources(config), rules, temporary)
         _check_summary(config, summary, first_bad, temporary / "quarantine.jsonl")
@@ -68,9 +68,9 @@ def prepare_tokenizer(config: Config) -> str:
     path = layout.tokenizer_path(config)
     if config.tokenizer.path or Path(path).is_dir():
         return path
-    samples = load_samples(prepare_samples(config), split="train")
+    rows = iter_rows(prepare_samples(config), split="train")
     with new_directory(Path(path)) as temporary:
-        texts = (f"{message.role}\n{message.content}" for sample in samples for message in sample.messages)
+        texts = (f"{message.role}\n{message.content}" for sample, _, _ in rows for message in sample.messages)
         train_tokenizer(texts, config.tokenizer.vocab_size, temporary)
     return path
 
@@ -110,7 +110,7 @@ def build_tokens(config: Config, stage: str, split: str) -> Path:
     if not (folder / "meta.json").exists():
         tokenizer = load_tokenizer(prepare_tokenizer(config))
         encoded = encode_rows(
-            load_rows(prepare_samples(config), stage=stage, split=split),
+            iter_rows(prepare_samples(config), stage=stage, split=split),
             partial(encode_chat, tokenizer, num_image_tokens=num_image_tokens(config)),
             max_length=config.model.max_length_tokens,
             max_bad_fraction=config.data.max_bad_fraction,
@@ -150,24 +150,23 @@ def load_token_counts(config: Config) -> dict[str, int]:
 
 
 def _validate(given: list[Source], rules: Rules, folder: Path) -> tuple[dict[str, Any], BadRow | None]:
-    tasks: list[tuple[list[tuple[int, Any]], Source, Rules]] = []
-    for source in given:
-        rows = read_rows(Path(source.path))
-        while chunk := list(islice(rows, ROWS_PER_TASK)):
-            tasks.append((chunk, source, rules))
+    parts = [(part, source, rules) for source in given for part in list_parts(Path(source.path))]
     counts: Counter[str] = Counter()
     total, bad, first_bad = 0, 0, None
-    with SampleWriter(folder) as writer, Progress(len(tasks), "validate rows") as progress:
-        for row in map_tasks(check_chunk, tasks, num_cpus=1, concurrency=None).iter_rows() if tasks else ():
+    with SampleWriter(folder) as writer, Progress(len(parts), "validate files") as progress:
+        checks = chain_tasks(parts, read_chunks, CPUS_PER_READ_TASK, check_chunks, 1.0) if parts else None
+        for row in checks.iter_rows() if checks else ():
             checked = json.loads(row["checked"])
+            if "error" in checked:
+                raise DataError(checked["error"])
             bad_rows = [BadRow(**item) for item in checked["bad"]]
             writer.add(checked["samples"], checked["pairs"], bad_rows)
             counts.update(f"{sample['stage']}/{sample['split']}" for sample in checked["samples"])
             counts["mpo/train"] += len(checked["pairs"])
-            total += sum(len(part) for part in checked.values())
+            total += sum(len(checked[key]) for key in ("samples", "pairs", "bad"))
             bad += len(bad_rows)
             first_bad = first_bad or next(iter(bad_rows), None)
-            progress.update()
+            progress.update(int(checked["is_last"]), rows=total)
     return {"rows": total, "bad": bad, "counts": {key: counts[key] for key in sorted(counts) if counts[key]}}, first_bad
 
 

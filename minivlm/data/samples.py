@@ -1,12 +1,14 @@
 """Validated rows on disk: samples.parquet, pairs.parquet, quarantine.jsonl, summary.json (plain files, no cluster)."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from minivlm.data.errors import DataError
@@ -27,6 +29,8 @@ PAIR_SCHEMA = pa.schema(
 )
 
 
+PAIR_COLUMNS = [name for name in PAIR_SCHEMA.names if name not in ("file", "row")]
+BATCH_ROWS = 1000
 LoadedSample = tuple[Sample, str, int]
 
 
@@ -84,16 +88,20 @@ def load_samples(
     Raises:
         DataError: nothing was prepared there.
     """
-    return [sample for sample, _, _ in load_rows(folder, stage=stage, split=split, task=task)]
+    return [sample for sample, _, _ in iter_rows(folder, stage=stage, split=split, task=task)]
 
 
-def load_rows(
+def iter_rows(
     folder: Path, *, stage: str | None = None, split: str | None = None, task: str | None = None
-) -> list[LoadedSample]:
-    """As `load_samples`, with the file and row that each came from."""
+) -> Iterator[LoadedSample]:
+    """As `load_samples`, one after another, with the file and row that each came from."""
     wanted = {"stage": stage, "split": split, "task": task}
-    filters = [(key, "==", value) for key, value in wanted.items() if value is not None]
-    return [_to_sample(row) for row in _read(folder / "samples.parquet", filters).to_pylist()]
+    for batch in _batches(folder / "samples.parquet"):
+        mask = np.ones(len(batch), bool)
+        for key, value in wanted.items():
+            if value is not None:
+                mask &= pc.equal(batch[key], value).to_numpy(zero_copy_only=False)
+        yield from (_to_sample(row) for row in batch.filter(pa.array(mask)).to_pylist())
 
 
 def load_pairs(folder: Path) -> list[PreferencePair]:
@@ -102,7 +110,7 @@ def load_pairs(folder: Path) -> list[PreferencePair]:
     Raises:
         DataError: nothing was prepared there.
     """
-    rows = _read(folder / "pairs.parquet", []).drop_columns(["file", "row"]).to_pylist()
+    rows = (row for batch in _batches(folder / "pairs.parquet", PAIR_COLUMNS) for row in batch.to_pylist())
     return [
         PreferencePair(**{**row, "images": tuple(row["images"]), "image_sha256": tuple(row["image_sha256"])})
         for row in rows
@@ -113,11 +121,10 @@ def load_pictures(folder: Path) -> dict[str, str]:
     """Path of every distinct picture, by digest."""
     pictures: dict[str, str] = {}
     for name in ("samples.parquet", "pairs.parquet"):
-        table = _read(folder / name, [], ["image_sha256", "images"])
-        digests = table["image_sha256"].combine_chunks().flatten().to_pylist()
-        paths = table["images"].combine_chunks().flatten().to_pylist()
-        for digest, path in zip(digests, paths, strict=True):
-            pictures.setdefault(digest, path)
+        for batch in _batches(folder / name, ["image_sha256", "images"]):
+            digests, paths = (batch[key].flatten().to_pylist() for key in ("image_sha256", "images"))
+            for digest, path in zip(digests, paths, strict=True):
+                pictures.setdefault(digest, path)
     return pictures
 
 
@@ -129,8 +136,8 @@ def _to_sample(row: dict[str, Any]) -> LoadedSample:
     return Sample(**row), file, number
 
 
-def _read(path: Path, filters: list[tuple[str, str, str]], columns: list[str] | None = None) -> pa.Table:
-    try:
-        return pq.read_table(path, filters=filters or None, columns=columns)
-    except FileNotFoundError:
-        raise DataError(f"No prepared rows under {path.parent}. Run: python -m jobs.prepare") from None
+def _batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    if not path.is_file():
+        raise DataError(f"No prepared rows under {path.parent}. Run: python -m jobs.prepare")
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(BATCH_ROWS, columns=columns)

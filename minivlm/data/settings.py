@@ -6,6 +6,7 @@ from transformers import AutoConfig, CLIPConfig
 
 from minivlm import layout
 from minivlm.config import Config
+from minivlm.data.catalog import find_files
 from minivlm.data.images import ImageLimits
 from minivlm.data.miniworld.write import FILES as MINIWORLD
 from minivlm.data.validate import Source
@@ -13,16 +14,20 @@ from minivlm.storage import content_hash
 
 
 def sources(config: Config) -> list[Source]:
-    """Every annotation file with absolute paths; the drawn ones where none is configured."""
+    """Every annotation file with absolute paths; the drawn ones where none is configured.
+
+    Raises:
+        DataError: a source that is not there.
+    """
     if config.uses_miniworld:
         folder = layout.miniworld_dir(config)
         return [Source(str(folder / f"{stage}.json"), str(folder), stage, "auto", "caption") for stage in MINIWORLD]
     found = []
     for stage in ("pretrain", "sft", "prompts", "mpo"):
         for given in getattr(config.data, stage):
-            path = given.path.expanduser().resolve()
-            root = given.image_root.expanduser().resolve() if given.image_root else path.parent
-            found.append(Source(str(path), str(root), stage, given.split, given.task))
+            for file in find_files(given.path, given.image_root, given.subset):
+                own = (tuple(file.columns.items()), file.repeat)
+                found.append(Source(str(file.path), str(file.image_root), stage, given.split, given.task, *own))
     return found
 
 

@@ -1,54 +1,44 @@
-"""Annotation files as users have them -> rows -> samples and pairs. Pictures are still names here.
+"""Raw rows -> samples and pairs, or the reason why not. Pictures are still names or bytes here, and not opened.
 
-LLaVA JSON: [{"id", "image": name | [names] | missing, "conversations": [{"from", "value"}], ...}], optionally with
-"task", "language", "answer" and "split". MMPR JSON lines: {"image", "question", "chosen", "rejected", "answer_gt"}.
+Called in Ray Data tasks by `minivlm.data.validate`; `minivlm.data.formats` knows the formats.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from minivlm.data.errors import DataError
+from minivlm.data.errors import RowError
+from minivlm.data.formats import Row, normalize
 from minivlm.schema import IMAGE_PLACEHOLDER, Message, PreferencePair, Sample
 
 SPLITS = ("train", "val", "test")
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 TRAILING_PLACEHOLDERS = re.compile(rf"(?<=\S)(\s*{IMAGE_PLACEHOLDER})+\s*$")
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
-class RowError(ValueError):
-    """One row cannot be used; the text is the reason."""
+def parse_row(raw: Any, columns: Mapping[str, str]) -> Row:
+    """The row in the shape of `minivlm.data.formats`.
 
-
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Rows of a file with their numbers, counted from 1: list items of `.json`, lines of `.jsonl` (as bytes).
-
-    A line is decoded later, by `parse_row`, so that one bad line costs one row.
+    Args:
+        columns: keys of the row that the formats call otherwise -> their name there.
 
     Raises:
-        DataError: no such file, another ending, or JSON that is broken as a whole (with its line).
+        RowError: as `decode_row`, or the row has no known format.
     """
-    if not path.is_file():
-        raise DataError(f"No data file {path}. Correct `path` of that source in the config's `data` section")
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-    elif path.suffix == ".json":
-        yield from enumerate(_read_list(path), start=1)
-    else:
-        raise DataError(f"{path}: the ending says what is inside: .json (a LLaVA list) or .jsonl (one row per line)")
+    return normalize({columns.get(key, key): value for key, value in decode_row(raw).items()})
 
 
-def parse_row(raw: Any) -> dict[str, Any]:
-    """The row as a dict.
+def decode_row(raw: Any) -> Row:
+    """A row as its file has it, as a dict.
 
     Raises:
         RowError: the line is not JSON, or the row is not an object.
     """
+    if isinstance(raw, RowError):
+        raise raw
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
@@ -59,14 +49,14 @@ def parse_row(raw: Any) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise RowError(f"a row must be an object with keys, not {type(raw).__name__}")
     try:
-        json.dumps(raw, ensure_ascii=False).encode()
+        json.dumps(raw, ensure_ascii=False, default=lambda _: None).encode()
     except UnicodeEncodeError:
         raise RowError("half of a surrogate pair, which is no character") from None
     return raw
 
 
-def to_sample(row: Mapping[str, Any], *, stage: str, split: str, task: str, default_id: str) -> Sample:
-    """A LLaVA row as a sample whose `images` are still the row's names; image_sha256 is empty.
+def to_sample(row: Row, *, stage: str, split: str, task: str, default_id: str) -> Sample:
+    """A row of `parse_row` as a sample whose pictures are still to be opened: `images` and `image_sha256` are empty.
 
     Args:
         split: of rows that name none; `auto` stays as it is until the picture's digest is known.
@@ -75,8 +65,9 @@ def to_sample(row: Mapping[str, Any], *, stage: str, split: str, task: str, defa
     Raises:
         RowError: no conversation, an empty answer, placeholders unlike the images, or a field of the wrong kind.
     """
-    images = _image_names(row)
-    messages = _messages(row)
+    if "conversations" not in row:
+        raise RowError("a preference row: list its file under data.mpo")
+    messages = _messages(row["conversations"])
     answer = _text(row, "answer")
     if stage == "prompts":
         if not answer:
@@ -86,13 +77,13 @@ def to_sample(row: Mapping[str, Any], *, stage: str, split: str, task: str, defa
     for message in messages:
         if message.role == "assistant" and not message.content.strip():
             raise RowError("an empty answer")
-    _check_placeholders("".join(m.content for m in messages if m.role != "assistant"), images)
+    _check_placeholders("".join(m.content for m in messages if m.role != "assistant"), len(row["images"]))
     chosen_split = row.get("split", split)
     if chosen_split not in (*SPLITS, "auto"):
         raise RowError(f"`split` is {str(chosen_split)[:40]!r}, not one of {', '.join(SPLITS)}")
     return Sample(
         sample_id=_text(row, "id") or default_id,
-        images=images,
+        images=(),
         image_sha256=(),
         messages=messages,
         stage=stage,
@@ -103,13 +94,14 @@ def to_sample(row: Mapping[str, Any], *, stage: str, split: str, task: str, defa
     )
 
 
-def to_pair(row: Mapping[str, Any], *, default_id: str) -> PreferencePair:
-    """An MMPR row as a pair whose `images` are still names. A question without placeholders gets them in front.
+def to_pair(row: Row, *, default_id: str) -> PreferencePair:
+    """A row of `parse_row` as a pair, pictures as in `to_sample`. A question without placeholders gets them in front.
 
     Raises:
         RowError: question, chosen or rejected is missing or empty, equal answers, or placeholders unlike images.
     """
-    images = _image_names(row)
+    if "rejected" not in row:
+        raise RowError("no `rejected` answer, so no preference")
     texts = {}
     for key in ("question", "chosen", "rejected"):
         texts[key] = _text(row, key) or ""
@@ -119,12 +111,12 @@ def to_pair(row: Mapping[str, Any], *, default_id: str) -> PreferencePair:
         raise RowError("chosen and rejected are the same")
     question = texts["question"]
     if IMAGE_PLACEHOLDER not in question:
-        question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + question
+        question = f"{IMAGE_PLACEHOLDER}\n" * len(row["images"]) + question
     question = pictures_first(question)
-    _check_placeholders(question, images)
+    _check_placeholders(question, len(row["images"]))
     return PreferencePair(
         pair_id=_text(row, "id") or default_id,
-        images=images,
+        images=(),
         image_sha256=(),
         question=question,
         chosen=texts["chosen"],
@@ -133,37 +125,10 @@ def to_pair(row: Mapping[str, Any], *, default_id: str) -> PreferencePair:
     )
 
 
-def _read_list(path: Path) -> list[Any]:
-    try:
-        rows = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not JSON ({error.msg}). Correct the file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}). Save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {error}. A LLaVA file is a flat list of rows of text") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds a {type(rows).__name__}. A LLaVA file is a list of rows: [{{...}}, ...]")
-    return rows
-
-
-def _image_names(row: Mapping[str, Any]) -> tuple[str, ...]:
-    value = row.get("image") or []
-    names = [value] if isinstance(value, str) else value
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RowError("`image` must be a file name or a list of them")
-    return tuple(names)
-
-
-def _messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise RowError("no `conversations`")
+def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:
     messages = []
     for turn in turns:
-        role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
-        if role is None or not isinstance(turn.get("value"), str):
-            raise RowError("a turn needs `from` (human, gpt or system) and a text `value`")
+        role = ROLES[turn["from"]]
         messages.append(Message(role, pictures_first(turn["value"]) if role == "user" else turn["value"]))
     if all(message.role != "user" for message in messages):
         raise RowError("the conversation has no question (`from`: `human`)")
@@ -197,7 +162,7 @@ def _text(row: Mapping[str, Any], key: str) -> str | None:
     return str(value)
 
 
-def _check_placeholders(text: str, images: tuple[str, ...]) -> None:
+def _check_placeholders(text: str, num_images: int) -> None:
     found = text.count(IMAGE_PLACEHOLDER)
-    if found != len(images):
-        raise RowError(f"{found} {IMAGE_PLACEHOLDER} placeholder(s) for {len(images)} image(s)")
+    if found != num_images:
+        raise RowError(f"{found} {IMAGE_PLACEHOLDER} placeholder(s) for {num_images} image(s)")

@@ -93,3 +93,20 @@ def map_tasks(
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     return dataset
+
+
+def chain_tasks(
+    payloads: list[Any],
+    first: Callable[[pa.Table], Iterator[pa.Table]],
+    first_cpus: float,
+    second: Callable[[pa.Table], Iterator[pa.Table]],
+    second_cpus: float,
+) -> Dataset:
+    """Every row that `first` makes of a payload is a task of `second`, so that a large payload is shared out.
+
+    Rows are blocks of their own and stream through: memory does not grow with their number. The CPUs must differ, or
+    Ray Data makes one task of the two.
+    """
+    dataset = map_tasks(first, payloads, first_cpus, None)
+    dataset.context.target_max_block_size = 1
+    return dataset.map_batches(second, batch_size=None, batch_format="pyarrow", num_cpus=second_cpus)

@@ -1,4 +1,4 @@
-"""One chunk of raw rows -> checked samples and pairs, or the reason why not. Called in Ray Data tasks.
+"""Parts of files -> chunks of raw rows -> checked samples and pairs, or the reason why not. Called in Ray Data tasks.
 
 Every picture is opened, decoded and digested here, so that training never meets a file that it cannot read.
 """
@@ -14,32 +14,42 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from minivlm.data.images import BadImage, ImageLimits, read_image, resolve_image
+from minivlm.data.batches import payload_block
+from minivlm.data.errors import DataError, RowError
+from minivlm.data.images import BadImage, ImageLimits, open_image, read_image, resolve_image
+from minivlm.data.readers import read_part
 from minivlm.data.samples import pair_columns, sample_columns
-from minivlm.data.sources import RowError, parse_row, to_pair, to_sample
+from minivlm.data.sources import parse_row, to_pair, to_sample
 from minivlm.schema import BadRow, PreferencePair, Sample
+from minivlm.storage import write_bytes
 
 Row = TypeVar("Row", Sample, PreferencePair)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One annotation file and how its rows are read. `stage` is pretrain, sft, prompts or mpo."""
+    """One annotation file and how its rows are read. `stage` is pretrain, sft, prompts or mpo.
+
+    `columns` renames keys of its rows; `repeat` says how often each training row is used, below 1 for which share.
+    """
 
     path: str
     image_root: str
     stage: str
     split: str
     task: str
+    columns: tuple[tuple[str, str], ...] = ()
+    repeat: float = 1.0
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a row must keep to, and how rows without a split get one."""
+    """What a row must keep to, how rows without a split get one, and where pictures go that lie inside of rows."""
 
     limits: ImageLimits
     val_fraction: float
     test_fraction: float
+    pictures_dir: str
 
 
 @dataclass(frozen=True)
@@ -57,25 +67,71 @@ def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Che
     for number, raw in rows:
         default_id = f"{Path(source.path).stem}-{number}"
         try:
-            row = parse_row(raw)
+            row = parse_row(raw, dict(source.columns))
             if source.stage == "mpo":
-                pair = _with_pictures(to_pair(row, default_id=default_id), source, rules)
-                checked.pairs.append(pair_columns(pair, source.path, number))
+                pair = _with_pictures(to_pair(row, default_id=default_id), row["images"], source, rules)
+                checked.pairs.extend([pair_columns(pair, source.path, number)] * _copies(source, number))
             else:
                 sample = to_sample(row, stage=source.stage, split=source.split, task=source.task, default_id=default_id)
-                sample = _with_split(_with_pictures(sample, source, rules), rules)
-                checked.samples.append(sample_columns(sample, source.path, number))
+                sample = _with_split(_with_pictures(sample, row["images"], source, rules), rules)
+                copies = _copies(source, number) if sample.split == "train" else 1
+                checked.samples.extend([sample_columns(sample, source.path, number)] * copies)
         except (RowError, BadImage) as error:
             checked.bad.append(BadRow(source.path, number, str(error)))
     return checked
 
 
-def check_chunk(block: pa.Table) -> Iterator[pa.Table]:
-    """`check_rows` as a Ray Data task on its pickled arguments: one row, `checked` = the result as JSON."""
+def _copies(source: Source, number: int) -> int:
+    """How often a training row is used: `repeat` times, its fraction by a digest of the row's place."""
+    whole, fraction = divmod(source.repeat, 1)
+    place = int(sha256(f"{source.path}:{number}".encode()).hexdigest()[:13], 16) / 16**13
+    return int(whole) + (place < fraction)
+
+
+ROWS_PER_CHUNK = 500
+BYTES_PER_CHUNK = 16 * 2**20
+"""Whichever comes first: rows may hold pictures."""
+
+
+def read_chunks(block: pa.Table) -> Iterator[pa.Table]:
+    """Ray Data task: (part, source, rules) -> chunks of (numbered raw rows, is_last, source, rules), one row each.
+
+    Where the file is broken as a whole the rows are the message, a str: the driver raises it.
+    """
     for payload in block["payload"].to_pylist():
-        checked = check_rows(*pickle.loads(payload))
+        part, source, rules = pickle.loads(payload)
+        chunk: list[tuple[int, Any]] = []
+        num_bytes = 0
+        try:
+            for number, raw in read_part(part):
+                chunk.append((number, raw))
+                num_bytes += _size(raw)
+                if len(chunk) == ROWS_PER_CHUNK or num_bytes > BYTES_PER_CHUNK:
+                    yield payload_block((chunk, False, source, rules))
+                    chunk, num_bytes = [], 0
+        except DataError as error:
+            yield payload_block((str(error), True, source, rules))
+            return
+        yield payload_block((chunk, True, source, rules))
+
+
+def check_chunks(block: pa.Table) -> Iterator[pa.Table]:
+    """Ray Data task: each chunk of `read_chunks` -> one row, `checked` = `Checked` and is_last, or error, as JSON."""
+    for payload in block["payload"].to_pylist():
+        rows, is_last, source, rules = pickle.loads(payload)
+        if isinstance(rows, str):
+            yield pa.table({"checked": [json.dumps({"error": rows})]})
+            continue
+        checked = check_rows(rows, source, rules)
         bad = [vars(row) for row in checked.bad]
-        yield pa.table({"checked": [json.dumps({"samples": checked.samples, "pairs": checked.pairs, "bad": bad})]})
+        found = {"samples": checked.samples, "pairs": checked.pairs, "bad": bad, "is_last": is_last}
+        yield pa.table({"checked": [json.dumps(found)]})
+
+
+def _size(raw: Any) -> int:
+    """Bytes of a raw row, roughly: those of its texts and pictures at the top, or of its line."""
+    values = raw.values() if isinstance(raw, dict) else [raw]
+    return sum(len(value) if isinstance(value, str | bytes) else 200 for value in values)
 
 
 HELD_OUT_FIRST = ("test", "val", "train")
@@ -98,21 +154,42 @@ def _with_split(sample: Sample, rules: Rules) -> Sample:
     return replace(sample, split=min(splits, key=HELD_OUT_FIRST.index))
 
 
-def _with_pictures(row: Row, source: Source, rules: Rules) -> Row:
-    """The same row with absolute paths, and digests of files that were opened and decoded."""
-    pictures = [_check_picture(source.image_root, name, rules.limits) for name in row.images]
+def _with_pictures(row: Row, given: list[str | bytes], source: Source, rules: Rules) -> Row:
+    """The same row with absolute paths and digests of its pictures, all of them opened and decoded."""
+    pictures = [
+        _keep_picture(picture, rules) if isinstance(picture, bytes) else _check_file(source, picture, rules.limits)
+        for picture in given
+    ]
     paths, digests = tuple(path for path, _ in pictures), tuple(digest for _, digest in pictures)
     return replace(row, images=paths, image_sha256=digests)
 
 
-def _check_picture(root: str, name: str, limits: ImageLimits) -> tuple[str, str]:
+def _keep_picture(data: bytes, rules: Rules) -> tuple[str, str]:
+    """(path, digest) of a picture that was inside of a row: written once, under its digest.
+
+    Raises:
+        BadImage: it cannot be opened.
+    """
+    try:
+        open_image(data, rules.limits)
+    except BadImage as error:
+        raise BadImage(f"image in the row: {error}") from None
+    digest = sha256(data).hexdigest()
+    path = Path(rules.pictures_dir) / digest[:2] / digest
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data, sync=False)
+    return str(path), digest
+
+
+def _check_file(source: Source, name: str, limits: ImageLimits) -> tuple[str, str]:
     """(path, digest).
 
     Raises:
         BadImage: naming the picture.
     """
     try:
-        path = resolve_image(Path(root), name)
+        path = resolve_image(Path(source.image_root), name)
         status = path.stat()
     except (BadImage, OSError) as error:
         raise BadImage(f"image: {error}") from None

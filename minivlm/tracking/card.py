@@ -1,6 +1,7 @@
 """From evaluation results (results.json of each stage, as read) to logged metrics and to the model card."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from minivlm import layout
@@ -89,7 +90,7 @@ Accuracy in per cent with 95 % interval, clustered by picture. Shuffled: the sam
 
 def _sources(config: Config) -> str:
     sources = [*config.data.pretrain, *config.data.sft, *config.data.mpo]
-    return ", ".join(f"`{source.path.name}`" for source in sources)
+    return ", ".join(f"`{PurePath(source.path).name}`" for source in sources)
 
 
 def _recipe(config: Config) -> str:

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 
 from minivlm.config import Config
-from minivlm.data.pipeline import load_samples
+from minivlm.data.samples import load_samples
 from minivlm.layout import samples_dir
 from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.serve.app import KEY_VARIABLE, check_port_free, start_server, stop_server

@@ -1,0 +1,254 @@
+"""Rows in the formats that users have -> one shape. A row's format is seen from its keys.
+
+    sample:      {"id", "images": [name | bytes], "conversations": [{"from", "value"}], "task", "language", "answer"}
+    preference:  {"id", "images": [name | bytes], "question", "chosen", "rejected", "answer_gt"}
+
+| format | its mark | source |
+|---|---|---|
+| LLaVA, LLaMA-Factory | `conversations` | haotian-liu/LLaVA docs/Finetune_Custom_Data.md |
+| MiniMind-V | `conversations` as JSON text, `image_bytes` | jingyaogong/minimind-v dataset/lm_dataset.py |
+| ms-swift, OpenAI | `messages` | modelscope/ms-swift docs, custom dataset |
+| FineVision, the Cauldron | `texts` of {user, assistant} | huggingface/nanoVLM data/datasets.py |
+| WebDataset | `__key__`, members named by their endings | webdataset/webdataset README |
+| MMPR | `question`, `chosen`, `rejected` | OpenGVLab/MMPR |
+| its prompts | `question`, `answer`; or `chosen` and a null `rejected` | as above |
+| TRL | `prompt`, `chosen`, `rejected` | huggingface/trl docs/source/dataset_formats.md |
+| ms-swift | `messages`, `rejected_response` | as above |
+| LLaMA-Factory | `conversations`, `chosen`, `rejected` | hiyouga/LLaMA-Factory data/README.md |
+
+Pure: nothing is opened here.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from minivlm.data.errors import RowError
+from minivlm.schema import IMAGE_PLACEHOLDER
+
+Row = dict[str, Any]
+
+SHARED_KEYS = ("id", "task", "language", "answer", "answer_gt", "split")
+"""Mean the same in every format."""
+
+CAPTION_PROMPT = "Describe the image."
+"""Question of rows that have a caption and nothing else (WebDataset's `txt`)."""
+
+MARKS = (
+    ("__key__", "WebDataset"),
+    ("rejected_response", "ms-swift preference"),
+    ("image_bytes", "MiniMind-V"),
+    ("conversations", "LLaVA"),
+    ("messages", "ms-swift"),
+    ("texts", "FineVision"),
+    ("prompt", "TRL preference"),
+    ("question", "MMPR"),
+)
+"""The first key that a row has says its format."""
+
+SPEAKERS = {  # of all formats -> LLaVA's
+    "human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "model": "gpt", "system": "system",
+}  # fmt: skip
+
+
+def format_name(row: Mapping[str, Any]) -> str:
+    """Whose format a row is in, for people to read.
+
+    Raises:
+        RowError: no known one.
+    """
+    for key, name in MARKS:
+        if row.get(key) is not None:
+            return name
+    keys = ", ".join(sorted(map(str, row))[:8])
+    raise RowError(f"no known format: keys {keys}. A row needs `conversations`, `messages`, `texts` or `question`")
+
+
+def normalize(row: Mapping[str, Any]) -> Row:
+    """The row in the shape above.
+
+    Raises:
+        RowError: no known format, or a field of the wrong kind.
+    """
+    row = {key: value for key, value in row.items() if value is not None}
+    name = format_name(row)
+    if "rejected" in row and name != "WebDataset":
+        name = "preference"
+    shared = {key: row[key] for key in SHARED_KEYS if key in row}
+    return shared | CONVERTERS[name](row)
+
+
+def pictures(value: Any) -> list[str | bytes]:
+    """File names and encoded pictures from what a row holds: a name, bytes, a data URI, {bytes, path}, or several.
+
+    Raises:
+        RowError: something else, or a broken data URI.
+    """
+    if value is None or value == "":
+        return []
+    if isinstance(value, list | tuple):
+        return [picture for item in value for picture in pictures(item)]
+    if isinstance(value, Mapping) and (inner := value.get("bytes") or value.get("path")):
+        return pictures(inner)
+    if isinstance(value, str) and value.startswith("data:"):
+        header, _, payload = value.partition(",")
+        try:
+            if not header.endswith(";base64"):
+                raise ValueError
+            return [base64.b64decode(payload, validate=True)]
+        except (ValueError, binascii.Error):
+            raise RowError("a data URI that is not base64") from None
+    if isinstance(value, str | bytes):
+        return [value]
+    raise RowError(f"a picture must be a file name, bytes or a data URI, not {type(value).__name__}")
+
+
+def _pictures_of(row: Mapping[str, Any]) -> list[str | bytes]:
+    for key in ("images", "image", "image_bytes"):
+        if key in row:
+            return pictures(row[key])
+    return []
+
+
+def _conversation(row: Mapping[str, Any]) -> Row:
+    """LLaVA, MiniMind-V, ms-swift, OpenAI."""
+    given = row["conversations"] if "conversations" in row else row["messages"]
+    turns, images = _turns(given), _pictures_of(row)
+    has_place = any(IMAGE_PLACEHOLDER in turn["value"] for turn in turns)
+    if "image_bytes" in row and not has_place:
+        images = []  # MiniMind-V puts a black 8 x 8 picture beside rows of text
+    return {"conversations": turns, "images": images}
+
+
+def _question(row: Mapping[str, Any]) -> Row:
+    """Inputs of MMPR's pipelines: a question with the true `answer`, or with an answer to cut and continue."""
+    if not isinstance(row["question"], str):
+        raise RowError("`question` must be text")
+    images, turns = _pictures_of(row), [{"from": "human", "value": row["question"]}]
+    turns[0]["value"] = _with_places(turns[0]["value"], turns, images)
+    if "chosen" in row:
+        turns.append({"from": "gpt", "value": _answer(row["chosen"], "chosen")})
+    return {"conversations": turns, "images": images}
+
+
+def _texts(row: Mapping[str, Any]) -> Row:
+    """FineVision: pictures come before the first question and have no placeholder."""
+    images, turns = _pictures_of(row), []
+    if not isinstance(row["texts"], list) or not row["texts"]:
+        raise RowError("`texts` must be a list of {user, assistant}")
+    for item in row["texts"]:
+        if not isinstance(item, Mapping) or not all(isinstance(item.get(key), str) for key in ("user", "assistant")):
+            raise RowError("an item of `texts` needs a text `user` and a text `assistant`")
+        turns += [{"from": "human", "value": item["user"]}, {"from": "gpt", "value": item["assistant"]}]
+    turns[0]["value"] = _with_places(turns[0]["value"], turns, images)
+    return {"conversations": turns, "images": images}
+
+
+def _webdataset(row: Mapping[str, Any]) -> Row:
+    """Members of one key: pictures, and `json` (a row of another format, or {caption}) or `txt` (a caption)."""
+    images = [row[name] for name in sorted(row) if name.rpartition(".")[2].lower() in ("jpg", "jpeg", "png", "webp")]
+    named: Row = {"id": row["__key__"], "images": images}
+    inner: Any = {}
+    if "json" in row:
+        try:
+            inner = json.loads(row["json"])
+        except (ValueError, RecursionError):
+            raise RowError("its .json member is not JSON") from None
+        if not isinstance(inner, dict):
+            raise RowError("its .json member is not an object")
+    if "conversations" in inner or "messages" in inner or "texts" in inner or "rejected" in inner:
+        return normalize({**inner, **named})
+    caption = inner.get("caption")
+    if caption is None and "txt" in row:
+        try:
+            caption = row["txt"].decode()
+        except UnicodeDecodeError:
+            raise RowError("its .txt member is not UTF-8") from None
+    if not isinstance(caption, str):
+        raise RowError("no caption: a sample needs a .txt or .json member")
+    question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + CAPTION_PROMPT
+    return named | {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]}
+
+
+def _preference(row: Mapping[str, Any]) -> Row:
+    """MMPR, TRL, ms-swift, LLaMA-Factory: one question, a better and a worse answer."""
+    if "rejected_response" in row:
+        *asked, chosen = _turns(row.get("messages"))
+        answers = {"chosen": chosen["value"], "rejected": _answer(row["rejected_response"], "rejected_response")}
+        if chosen["from"] != "gpt":
+            raise RowError("the last of `messages` must be the assistant's answer")
+        question = _only_question(asked)
+    else:
+        answers = {key: _answer(row.get(key), key) for key in ("chosen", "rejected")}
+        given = next((row[key] for key in ("question", "prompt", "conversations", "messages") if key in row), None)
+        question = given if isinstance(given, str) else _only_question(_turns(given))
+    return {"question": question, "images": _pictures_of(row)} | answers
+
+
+def _only_question(turns: list[Row]) -> str:
+    if len(turns) != 1 or turns[0]["from"] != "human":
+        raise RowError("a preference row needs exactly one question before its answers")
+    question: str = turns[0]["value"]
+    return question
+
+
+def _answer(value: Any, name: str) -> str:
+    """Text, one turn, or a list with one turn."""
+    if isinstance(value, str):
+        return value
+    turns = _turns(value if isinstance(value, list) else [value])
+    if len(turns) != 1 or turns[0]["from"] != "gpt":
+        raise RowError(f"`{name}` must be text or one turn of the assistant")
+    text: str = turns[0]["value"]
+    return text
+
+
+def _turns(value: Any) -> list[Row]:
+    """`from`/`value` or `role`/`content` turns, as objects or as JSON text; content parts are joined in their order."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowError("`conversations` is text but not JSON") from None
+    if not isinstance(value, list) or not value:
+        raise RowError("no `conversations`")
+    turns = []
+    for turn in value:
+        speaker = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
+        text = turn.get("value", turn.get("content")) if isinstance(turn, Mapping) else None
+        if isinstance(text, list):
+            text = "".join(_part(part) for part in text)
+        if SPEAKERS.get(str(speaker)) is None or not isinstance(text, str):
+            raise RowError("a turn needs `from` (human, gpt or system) and a text `value`, or `role` and `content`")
+        turns.append({"from": SPEAKERS[str(speaker)], "value": text})
+    return turns
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "image":
+        return f"{IMAGE_PLACEHOLDER}\n"
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise RowError("a part of `content` must be {type: text, text} or {type: image}")
+
+
+def _with_places(question: str, turns: list[Row], images: list[str | bytes]) -> str:
+    if any(IMAGE_PLACEHOLDER in turn["value"] for turn in turns):
+        return question
+    return f"{IMAGE_PLACEHOLDER}\n" * len(images) + question
+
+
+CONVERTERS = {
+    "WebDataset": _webdataset,
+    "ms-swift preference": _preference,
+    "MiniMind-V": _conversation,
+    "LLaVA": _conversation,
+    "ms-swift": _conversation,
+    "FineVision": _texts,
+    "TRL preference": _preference,
+    "MMPR": _question,
+    "preference": _preference,
+}
