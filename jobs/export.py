@@ -1,6 +1,6 @@
 """Copy a finished stage's model out as a stock LLaVA folder that transformers loads without our code.
 
-python -m jobs.export mpo /tmp/my-vlm --config configs/tiny.yaml
+python -m jobs.export mpo /tmp/my-vlm --verify
 """
 
 import shutil
@@ -12,18 +12,26 @@ from jobs.common import CONFIG, OVERRIDES, run_job
 from minivlm.config import ConfigError, load_config
 from minivlm.config.base import StageName
 from minivlm.train.launch import finished_stage
+from minivlm.workflow.ask import verify_with_test_pictures
 
 STAGE = typer.Argument(..., help="Stage whose model is copied.")
 TARGET = typer.Argument(..., help="New folder.")
+VERIFY = typer.Option(False, "--verify", help="Ask test questions through plain transformers and through this project.")
 
 
 def main(
-    stage: StageName = STAGE, target: Path = TARGET, overrides: list[str] = OVERRIDES, config: Path = CONFIG
+    stage: StageName = STAGE,
+    target: Path = TARGET,
+    overrides: list[str] = OVERRIDES,
+    config: Path = CONFIG,
+    verify: bool = VERIFY,
 ) -> None:
     settings = load_config(config, overrides or [])
     if target.exists():
         raise ConfigError(f"{target} exists. Type a folder that does not, or remove it.")
     shutil.copytree(finished_stage(settings, stage).export_dir, target)
+    if verify:
+        print(verify_with_test_pictures(settings, target))
     print(f"model: {target}")
 
 

@@ -1,4 +1,4 @@
-"""Serve the champion on this machine, ask it about one test picture over HTTP, and stop serving."""
+"""Ask a model about test pictures: the champion over HTTP, served for this, or an export through plain transformers."""
 
 import base64
 import json
@@ -6,13 +6,19 @@ import os
 import urllib.request
 from pathlib import Path
 
-from minivlm.config import Config
-from minivlm.data.samples import load_samples
+from PIL import Image
+
+from minivlm.config import Config, ConfigError
+from minivlm.data.images import read_image
+from minivlm.data.samples import iter_rows, load_samples
+from minivlm.data.settings import image_limits
+from minivlm.inference.verify import verify_export
 from minivlm.layout import samples_dir
 from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.serve.app import KEY_VARIABLE, check_port_free, start_server, stop_server
 
 ASK_TIMEOUT_S = 60
+VERIFIED_PICTURES = 8
 
 
 def check_port(config: Config) -> None:
@@ -33,6 +39,28 @@ def ask_champion(config: Config) -> str:
     finally:
         stop_server()
     return f"{url} asked {question!r}: {reply!r} (truth: {sample.messages[1].content!r})"
+
+
+def verify_with_test_pictures(config: Config, folder: Path) -> str:
+    """Compare an export with plain transformers on questions about one picture each; returns what was compared.
+
+    Raises:
+        CheckpointError: they differ.
+        ConfigError: there is no such question.
+    """
+    asked: dict[str, tuple[Image.Image, str]] = {}
+    for sample, _, _ in iter_rows(samples_dir(config), split="test"):
+        question = sample.messages[0].content
+        if len(sample.images) == 1 and question.startswith(IMAGE_PLACEHOLDER) and len(asked) < VERIFIED_PICTURES:
+            picture, _ = read_image(Path(sample.images[0]), image_limits(config))
+            asked.setdefault(sample.images[0], (picture, question.removeprefix(IMAGE_PLACEHOLDER).strip()))
+    if not asked:
+        raise ConfigError("Nothing to verify with: no test question has exactly one picture. Leave out --verify")
+    found = verify_export(folder, list(asked.values()))
+    return (
+        f"verified: {found.num_pictures} pictures, the same greedy texts as plain transformers, logits within "
+        f"{found.max_logit_difference:.1e}"
+    )
 
 
 def chat(base_url: str, model: str, question: str, picture: Path) -> str:
