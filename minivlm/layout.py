@@ -95,7 +95,7 @@ def _location_key(location: str) -> list[Any]:
     return [str(path), [[str(file), status.st_size, status.st_mtime_ns] for file, status in found]]
 
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same settings draw other scenes, validate otherwise or train another tokenizer."""
 
 

@@ -201,8 +201,8 @@ def test_a_finished_stage_is_not_run_again(pretrained: tuple[Config, StageResult
 
 @pytest.mark.parametrize(
     "overrides",
-    [("train.num_workers=1",), ("train.micro_batch_tokens=40",), ("train.zero_stage=3", "train.pack_length_tokens=64")],
-    ids=["one worker", "more micro-batches", "ZeRO-3 and other packing"],
+    [("train.num_workers=1", "train.micro_batch_tokens=40"), ("train.zero_stage=3", "train.pack_length_tokens=64")],
+    ids=["one worker with more micro-batches", "ZeRO-3 and other packing"],
 )
 def test_layout_does_not_change_the_losses(
     pretrained: tuple[Config, StageResult], settings: Path, request: pytest.FixtureRequest, overrides: tuple[str, ...]

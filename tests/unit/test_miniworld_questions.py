@@ -103,20 +103,23 @@ def test_every_step_of_a_chain_of_thought_is_true(seed):
     random = Random(seed)
     scene = draw_scene(random, split="train", min_shapes=3, max_shapes=6)
     question = ask_reasoning(scene, random)
-    *found, tally, last, final = (line for line in question.response.split("\n") if "x" not in line)
-    steps = [line for line in question.response.split("\n") if "x" in line]
+    lines = question.response.split("\n")
+    found, (tally, *steps, final) = lines[: lines[0].startswith("Find ")], lines[lines[0].startswith("Find ") :]
     counts = [(name, int(n)) for name, n in (re.fullmatch(r"(\w+)(\d)", part).groups() for part in tally.split(", "))]
+    names, numbers = zip(*counts, strict=True)
     shapes = ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
-    assert found in ([], [f"Find {counts[0][0]} and {counts[1][0]}: {shapes}"])
+    assert found in ([], [f"Find {' and '.join(names)}: {shapes}"])
     assert all(n == sum(s.colour == name for s in scene.shapes) for name, n in counts)
-    assert question.text.index(counts[0][0]) < question.text.index(counts[1][0])
-    numbers = [n for _, n in counts]
-    for i, step in enumerate(steps):
-        count, points, product = (int(number) for number in re.findall(r"\d+", step))
-        assert (count, product) == (numbers[i], count * points)
-        numbers[i] = product
-    total = numbers[0] + (1 if steps else -1) * numbers[1]
-    assert last.endswith(f"={total}")
-    assert final == f"Final answer: {total}"
-    assert question.answer == str(total)
+    assert [question.text.index(name) for name in names] == sorted(question.text.index(name) for name in names)
+    for step in steps:
+        left, right = re.sub("x", "*", step).split("=")
+        assert eval(left) == int(right)
+    if len(names) == 3:
+        points = [int(number) for number in re.findall(r"\d+", question.text)]
+        total = sum(n * value for n, value in zip(numbers, points, strict=True))
+        assert [step.split("=")[0] for step in steps[:3]] == [f"{n}x{v}" for n, v in zip(numbers, points, strict=True)]
+    else:
+        total = numbers[0] - numbers[1]
+    assert steps[-1].endswith(f"={total}")
+    assert (final, question.answer) == (f"Final answer: {total}", str(total))
     assert total >= 0

@@ -1,4 +1,4 @@
-"""Two-step questions answered as a chain of thought: count two groups, calculate."""
+"""Questions of several steps answered as a chain of thought: count two or three groups, calculate."""
 
 from random import Random
 
@@ -6,44 +6,50 @@ from minivlm.data.miniworld.questions import Question, count_of
 from minivlm.data.miniworld.scene import COLOURS, Scene
 
 PROMPT = "Think step by step and end with 'Final answer: ..'."
-MAX_POINTS = 5
+MAX_POINTS = 7
 FIND_SHARE = 0.5
 """Share of answers that name every shape before they count."""
 
 
 def ask_reasoning(scene: Scene, random: Random) -> Question:
-    """The points that the shapes of two colours give together, or how many more there are of one than the other.
+    """The points that the shapes of three colours give together, or how many more there are of one than another.
 
     The chain of thought counts, then calculates; half of them name every shape in reading order first. Neither way is
     marked as the better one: which leads to more right answers is for the preference stage to find.
     """
-    first, second = _draw_colours(scene, random)
-    counts = [count_of(scene, name) for name in (first, second)]
-    if random.random() < 0.5:
-        points = [random.randint(1, MAX_POINTS) for _ in range(2)]
-        text = f"Each {first} shape gives {points[0]} points, each {second} one {points[1]}. How many in all?"
+    asks_points = random.random() < 0.5
+    names = _draw_colours(scene, random, 3 if asks_points else 2)
+    counts = [count_of(scene, name) for name in names]
+    if asks_points:
+        points = [random.randint(1, MAX_POINTS) for _ in names]
+        values = [f"each {name} one {value}" for name, value in zip(names, points, strict=True)]
+        text = f"Each {names[0]} shape gives {points[0]} points, {', '.join(values[1:])}. How many in all?"
         products = [count * value for count, value in zip(counts, points, strict=True)]
-        total = sum(products)
         steps = [f"{n}x{v}={p}" for n, v, p in zip(counts, points, products, strict=True)]
-        steps.append(f"{products[0]}+{products[1]}={total}")
+        total = products[0]
+        for product in products[1:]:
+            steps.append(f"{total}+{product}={total + product}")
+            total += product
     else:
         if counts[0] < counts[1]:
-            first, second, counts = second, first, counts[::-1]
-        text = f"How many more {first} than {second} shapes are there?"
+            names, counts = names[::-1], counts[::-1]
+        text = f"How many more {names[0]} than {names[1]} shapes are there?"
         total = counts[0] - counts[1]
         steps = [f"{counts[0]}-{counts[1]}={total}"]
-    lines = [", ".join(f"{name}{n}" for name, n in zip((first, second), counts, strict=True)), *steps]
+    lines = [", ".join(f"{name}{n}" for name, n in zip(names, counts, strict=True)), *steps]
     if random.random() < FIND_SHARE:
         shapes = ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
-        lines.insert(0, f"Find {first} and {second}: {shapes}")
+        lines.insert(0, f"Find {' and '.join(names)}: {shapes}")
     response = "\n".join([*lines, f"Final answer: {total}"])
     return Question("reasoning", f"{text} {PROMPT}", str(total), response)
 
 
-def _draw_colours(scene: Scene, random: Random) -> tuple[str, str]:
-    """Two different colours, the first present and the second mostly."""
+def _draw_colours(scene: Scene, random: Random, number: int) -> list[str]:
+    """Different colours, the first present and the others mostly."""
     present = sorted({s.colour for s in scene.shapes})
-    first = random.choice(present)
-    names = present if random.random() < 0.8 and len(present) > 1 else list(COLOURS)
-    second = random.choice([name for name in names if name != first])
-    return first, second
+    names = [random.choice(present)]
+    while len(names) < number:
+        rest = [name for name in COLOURS if name not in names]
+        seen = [name for name in rest if name in present]
+        names.append(random.choice(seen if seen and random.random() < 0.8 else rest))
+    return names
