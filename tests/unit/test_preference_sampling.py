@@ -98,7 +98,7 @@ def test_counts_of_made_pairs(config: Config) -> None:
 
 
 def test_pairs_of_the_user_are_taken_over_unchanged(tmp_path: Path) -> None:
-    source = SourceConfig(path=tmp_path / "mine.jsonl")
+    source = SourceConfig(path=str(tmp_path / "mine.jsonl"))
     config = Config(storage_path=tmp_path, data=DataConfig(pretrain=(source,), sft=(source,), mpo=(source,)))
     save(config, pairs=[pair(0), pair(1)])
     assert config.preferences.min_pairs > 2
