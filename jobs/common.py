@@ -14,6 +14,7 @@ import typer
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.serve.app import ServeError
 from minivlm.train.stages import TrainingError
+from minivlm.workflow.cluster import disconnect
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 CONFIG = typer.Option(TINY, "--config", help="YAML settings; configs/tiny.yaml is the embedded default.")
@@ -38,3 +39,5 @@ def run_job(main: Callable[..., Any]) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        disconnect()

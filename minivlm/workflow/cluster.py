@@ -1,8 +1,10 @@
 """The connection of a job to Ray. Called by every job that needs a cluster."""
 
 import os
+from contextlib import suppress
 from typing import Any
 
+import psutil
 import ray
 from ray.data import DataContext
 from transformers.utils.logging import disable_progress_bar
@@ -15,6 +17,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that watches for spot nodes being taken away
 }
 """Of clusters that we start on this machine; what is set already stays."""
+
+EXIT_TIMEOUT_S = 5.0
 
 
 def connect(config: Config) -> None:
@@ -50,3 +54,23 @@ def connect(config: Config) -> None:
         dashboard_port=settings.dashboard_port,
         **common,
     )
+
+
+def disconnect() -> None:
+    """Leave the cluster; of one that was started here, also end the processes that outlive it.
+
+    A controller of Ray Train 2.60 sometimes hangs in its own exit, where Ray no longer looks for it.
+    """
+    if ray.is_initialized():
+        started = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        end_processes(started, EXIT_TIMEOUT_S)
+
+
+def end_processes(processes: list[psutil.Process], timeout_s: float) -> int:
+    """Wait for processes to end, then kill the others; returns how many those were."""
+    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return len(alive)
