@@ -90,7 +90,10 @@ def _location_key(location: str) -> list[Any]:
     if "://" in location:
         return [location]
     path = Path(location).expanduser().absolute()
-    files = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
+    try:
+        files = [path] if path.is_file() else sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
+    except (ValueError, OSError):
+        files = []
     found = [(file, file.stat()) for file in files if file.is_file()]
     return [str(path), [[str(file), status.st_size, status.st_mtime_ns] for file, status in found]]
 

@@ -41,6 +41,15 @@ def find_files(location: str, image_root: Path | None, subset: str | None) -> li
     Raises:
         DataError: nothing is there, or a catalogue's entry cannot be used.
     """
+    try:
+        return _find(location, image_root, subset)
+    except DataError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:  # odd patterns and names, loops of links
+        raise DataError(f"{location[:200]!r} cannot be looked up ({error}). Correct `path` of that source") from None
+
+
+def _find(location: str, image_root: Path | None, subset: str | None) -> list[AnnotationFile]:
     if location.startswith(HUB):
         return _in_folder(_download(location, subset), image_root)
     path = Path(location).expanduser().absolute()
@@ -54,12 +63,14 @@ def find_files(location: str, image_root: Path | None, subset: str | None) -> li
 
 
 def _plain(path: Path, image_root: Path | None) -> AnnotationFile:
-    return AnnotationFile(path.resolve(), (image_root or path.parent).expanduser().resolve())
+    return AnnotationFile(path, (image_root or path.parent).expanduser().absolute())  # a link keeps its ending
 
 
 def _in_folder(folder: Path, image_root: Path | None) -> list[AnnotationFile]:
+    """All files of rows; a .json that is an object describes others."""
     files = sorted(file for file in folder.rglob("*") if file.suffix in ENDINGS and file.is_file())
-    return [_plain(file, image_root) for file in _some(files, str(folder))]
+    rows = [file for file in files if file.suffix != ".json" or _first_character(file) != "{"]
+    return [_plain(file, image_root) for file in _some(rows, str(folder))]
 
 
 def _some(files: list[Path], location: str) -> list[Path]:
@@ -97,7 +108,7 @@ def _entry(path: Path, name: str, entry: dict[str, Any], image_root: Path | None
         repeat = entry.get("repeat_time", 1)
         if isinstance(repeat, bool) or not isinstance(repeat, int | float) or not 0 < repeat <= 100:
             raise DataError(f"{path}, entry {name!r}: `repeat_time` is {str(repeat)[:40]}, not a number above 0 to 100")
-        return AnnotationFile((path.parent / str(entry["annotation"])).resolve(), root.resolve(), float(repeat))
+        return AnnotationFile((path.parent / str(entry["annotation"])).absolute(), root.absolute(), float(repeat))
     if entry.get("formatting", "alpaca") != "sharegpt":
         raise DataError(f"{path}, entry {name!r}: only `formatting: sharegpt` has conversations with pictures")
     columns = entry.get("columns", {})
@@ -105,9 +116,11 @@ def _entry(path: Path, name: str, entry: dict[str, Any], image_root: Path | None
     if unknown:
         known = ", ".join(OUR_NAMES)
         raise DataError(f"{path}, entry {name!r}: `columns` has {', '.join(unknown)}; known are {known}")
+    if len(set(columns.values())) < len(columns):
+        raise DataError(f"{path}, entry {name!r}: `columns` names one column twice")
     renamed = {str(theirs): OUR_NAMES[ours] for ours, theirs in columns.items()}
-    file = (path.parent / str(entry["file_name"])).resolve()
-    return AnnotationFile(file, (image_root or path.parent).resolve(), columns=renamed)
+    file = (path.parent / str(entry["file_name"])).absolute()
+    return AnnotationFile(file, (image_root or path.parent).absolute(), columns=renamed)
 
 
 def _download(location: str, subset: str | None) -> Path:

@@ -22,6 +22,7 @@ Pure: nothing is opened here.
 import base64
 import binascii
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,8 @@ SHARED_KEYS = ("id", "task", "language", "answer", "answer_gt", "split")
 
 CAPTION_PROMPT = "Describe the image."
 """Question of rows that have a caption and nothing else (WebDataset's `txt`)."""
+
+WEBDATASET_PICTURE = re.compile(r"(?:(\d{1,6})\.)?(?:jpg|jpeg|png|webp|gif|bmp)", re.IGNORECASE)
 
 MARKS = (
     ("__key__", "WebDataset"),
@@ -81,41 +84,42 @@ def normalize(row: Mapping[str, Any]) -> Row:
 
 
 def pictures(value: Any) -> list[str | bytes]:
-    """File names and encoded pictures from what a row holds: a name, bytes, a data URI, {bytes, path}, or several.
+    """File names and encoded pictures from what a row holds: a name, bytes, a data URI, {bytes, path}, or a list.
 
     Raises:
-        RowError: something else, or a broken data URI.
+        RowError: something else, an empty place in a list, or a broken data URI.
     """
     if value is None or value == "":
         return []
-    if isinstance(value, list | tuple):
-        return [picture for item in value for picture in pictures(item)]
-    if isinstance(value, Mapping) and (inner := value.get("bytes") or value.get("path")):
-        return pictures(inner)
+    return [_picture(item) for item in value] if isinstance(value, list | tuple) else [_picture(value)]
+
+
+def _picture(value: Any) -> str | bytes:
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.startswith("data:"):
         header, _, payload = value.partition(",")
         try:
             if not header.endswith(";base64"):
                 raise ValueError
-            return [base64.b64decode(payload, validate=True)]
+            return base64.b64decode(payload, validate=True)
         except (ValueError, binascii.Error):
             raise RowError("a data URI that is not base64") from None
-    if isinstance(value, str | bytes):
-        return [value]
+    if isinstance(value, str | bytes) and value:
+        return value
     raise RowError(f"a picture must be a file name, bytes or a data URI, not {type(value).__name__}")
 
 
 def _pictures_of(row: Mapping[str, Any]) -> list[str | bytes]:
-    for key in ("images", "image", "image_bytes"):
-        if key in row:
-            return pictures(row[key])
-    return []
+    found = {key: images for key in ("images", "image", "image_bytes") if (images := pictures(row.get(key)))}
+    if len(found) > 1:
+        raise RowError(f"pictures under several keys: {', '.join(found)}")
+    return next(iter(found.values()), [])
 
 
 def _conversation(row: Mapping[str, Any]) -> Row:
     """LLaVA, MiniMind-V, ms-swift, OpenAI."""
-    given = row["conversations"] if "conversations" in row else row["messages"]
-    turns, images = _turns(given), _pictures_of(row)
+    turns, images = _turns(row.get("conversations", row.get("messages"))), _pictures_of(row)
     has_place = any(IMAGE_PLACEHOLDER in turn["value"] for turn in turns)
     if "image_bytes" in row and not has_place:
         images = []  # MiniMind-V puts a black 8 x 8 picture beside rows of text
@@ -147,29 +151,43 @@ def _texts(row: Mapping[str, Any]) -> Row:
 
 
 def _webdataset(row: Mapping[str, Any]) -> Row:
-    """Members of one key: pictures, and `json` (a row of another format, or {caption}) or `txt` (a caption)."""
-    images = [row[name] for name in sorted(row) if name.rpartition(".")[2].lower() in ("jpg", "jpeg", "png", "webp")]
+    """Members of one key: pictures (`.jpg`, or `.0.jpg .1.jpg`), and `json` (a row of another format, or {caption}) or
+    `txt` (a caption)."""
+    found = {name: place for name in row if (place := WEBDATASET_PICTURE.fullmatch(name))}
+    images = [row[name] for name in sorted(found, key=lambda name: int(found[name][1] or -1))]
     named: Row = {"id": row["__key__"], "images": images}
     inner: Any = {}
     if "json" in row:
+        text = _member(row, "json")
         try:
-            inner = json.loads(row["json"])
+            inner = json.loads(text)
         except (ValueError, RecursionError):
             raise RowError("its .json member is not JSON") from None
         if not isinstance(inner, dict):
             raise RowError("its .json member is not an object")
-    if "conversations" in inner or "messages" in inner or "texts" in inner or "rejected" in inner:
-        return normalize({**inner, **named})
+    if any(inner.get(key) is not None for key in ("conversations", "messages", "texts", "rejected")):
+        return normalize({key: value for key, value in inner.items() if key != "__key__"} | named)
     caption = inner.get("caption")
     if caption is None and "txt" in row:
-        try:
-            caption = row["txt"].decode()
-        except UnicodeDecodeError:
-            raise RowError("its .txt member is not UTF-8") from None
+        caption = _member(row, "txt")
     if not isinstance(caption, str):
         raise RowError("no caption: a sample needs a .txt or .json member")
+    if not images:
+        raise RowError("a caption without a picture: members of one key must stand together")
+    named |= {key: inner[key] for key in SHARED_KEYS if key in inner and key != "id"}
     question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + CAPTION_PROMPT
     return named | {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]}
+
+
+def _member(row: Mapping[str, Any], name: str) -> str:
+    value = row[name]
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise RowError(f"its .{name} member is not UTF-8") from None
+    if not isinstance(text, str):
+        raise RowError(f"its .{name} member must be text")
+    return text
 
 
 def _preference(row: Mapping[str, Any]) -> Row:
@@ -182,8 +200,10 @@ def _preference(row: Mapping[str, Any]) -> Row:
         question = _only_question(asked)
     else:
         answers = {key: _answer(row.get(key), key) for key in ("chosen", "rejected")}
-        given = next((row[key] for key in ("question", "prompt", "conversations", "messages") if key in row), None)
-        question = given if isinstance(given, str) else _only_question(_turns(given))
+        given = row.get("question", row.get("prompt"))
+        if not isinstance(given, str):
+            given = _only_question(_turns(given or row.get("conversations", row.get("messages"))))
+        question = given
     return {"question": question, "images": _pictures_of(row)} | answers
 
 

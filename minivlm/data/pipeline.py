@@ -163,7 +163,7 @@ def _validate(given: list[Source], rules: Rules, folder: Path) -> tuple[dict[str
             writer.add(checked["samples"], checked["pairs"], bad_rows)
             counts.update(f"{sample['stage']}/{sample['split']}" for sample in checked["samples"])
             counts["mpo/train"] += len(checked["pairs"])
-            total += sum(len(checked[key]) for key in ("samples", "pairs", "bad"))
+            total += checked["rows"]
             bad += len(bad_rows)
             first_bad = first_bad or next(iter(bad_rows), None)
             progress.update(int(checked["is_last"]), rows=total)

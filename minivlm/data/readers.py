@@ -2,7 +2,7 @@
 
 | ending | a row is | a part is |
 |---|---|---|
-| .json | an item of the list | the file |
+| .json | an item of the list, as bytes | the file |
 | .jsonl | a line, as bytes | some megabytes of lines |
 | .parquet | a table row | a row group |
 | .tar (WebDataset) | the members of one key | the file |
@@ -11,8 +11,10 @@ A part holds one row in memory at a time (a parquet part, a few dozen). What is 
 """
 
 import json
+import lzma
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,12 @@ LINES_BYTES = 8 * 2**20
 """Size of a part of a .jsonl file."""
 
 TEXT_CHARS = 2**20
+UNREADABLE = (
+    OSError, ValueError, TypeError, OverflowError, EOFError, pa.ArrowException, tarfile.TarError, zlib.error,
+    lzma.LZMAError,
+)  # fmt: skip
+"""What readers of damaged archives and tables raise."""
+
 CUT_CHARS = 16
 """An error so near to the end of what was read may come from a row that goes on."""
 
@@ -71,10 +79,17 @@ def read_part(part: Part) -> Iterator[tuple[int, Any]]:
         DataError: the file is broken as a whole; with its line where it is text.
     """
     path = Path(part.path)
-    read = {".json": _read_list, ".jsonl": _read_lines, ".parquet": _read_groups, ".tar": _read_tar}[path.suffix]
+    read: Callable[[Path, Part], Iterator[tuple[int, Any]]] = {
+        ".json": _read_list,
+        ".jsonl": _read_lines,
+        ".parquet": _read_groups,
+        ".tar": _read_tar,
+    }[path.suffix]
     try:
         yield from read(path, part)
-    except (OSError, pa.ArrowException, tarfile.TarError) as error:
+    except DataError:
+        raise
+    except UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}). Replace the file") from None
 
 
@@ -127,41 +142,68 @@ def _group_parts(path: Path) -> list[Part]:
     return parts
 
 
-def _read_groups(path: Path, part: Part) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_groups(path: Path, part: Part) -> Iterator[tuple[int, Any]]:
     number = part.first_row
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(range(part.start, part.stop))):
-            for row in batch.to_pylist():
+            for row in _rows(batch):
                 yield number, row
                 number += 1
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[Any]:
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):  # a date beyond Python's, text that is not UTF-8
+        for place in range(len(batch)):
+            try:
+                yield batch.slice(place, 1).to_pylist()[0]
+            except (ValueError, OverflowError, pa.ArrowException) as error:
+                yield RowError(f"a cell cannot be read: {' '.join(str(error).split())[:160]}")
 
 
 def _read_tar(path: Path, part: Part) -> Iterator[tuple[int, Any]]:
     """Neighbouring members with one key are a row; a key is the name up to the first dot of its last part."""
     number, key = part.first_row, ""
     row: Any = None
+    seen: set[str] = set()
     with tarfile.open(path, "r|*") as archive:
         for member in archive:
-            if not member.isfile():
-                continue
             folder, _, name = member.name.rpartition("/")
             stem, _, ending = name.partition(".")
+            if member.isdir() or name.startswith("._"):  # what macOS puts beside every file
+                continue
             found = f"{folder}/{stem}" if folder else stem
             if found != key and row is not None:
                 yield number, row
                 number += 1
             if found != key:
                 key, row = found, {"__key__": found}
-            if member.size > MAX_MEMBER_BYTES:
-                row = RowError(f"member {member.name[:120]!r} has {member.size} bytes, more than {MAX_MEMBER_BYTES}")
-            elif isinstance(row, dict) and (file := archive.extractfile(member)) is not None:
-                row[ending] = file.read()
+                if found in seen:
+                    row = RowError(f"key {found[:120]!r} stands in two places: members of one key must be neighbours")
+                seen.add(found)
+            row = _with_member(row, archive, member, ending)
     if row is not None:
         yield number, row
 
 
+def _with_member(row: Any, archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> Any:
+    """The row with one more member, or the first reason why not."""
+    if isinstance(row, RowError):
+        return row
+    shown = repr(member.name[:120])
+    if not member.isfile():
+        return RowError(f"member {shown} is a link or a device, not a file")
+    if member.size > MAX_MEMBER_BYTES:
+        return RowError(f"member {shown} has {member.size} bytes, more than {MAX_MEMBER_BYTES}")
+    if ending in row:
+        return RowError(f"two members {shown}")
+    file = archive.extractfile(member)
+    return row | {ending: file.read() if file else b""}
+
+
 def _read_list(path: Path, part: Part) -> Iterator[tuple[int, Any]]:
-    """Items of a JSON list, read through a window of text, so that memory holds a few of them."""
+    """Texts of a JSON list's items, read through a window, so that memory holds a few of them."""
     decoder, number = json.JSONDecoder(), part.first_row
     with path.open(encoding="utf-8") as file:
         window = _Window(path, file)
@@ -170,7 +212,7 @@ def _read_list(path: Path, part: Part) -> Iterator[tuple[int, Any]]:
         window.skip(1)
         if window.next_character() != "]":
             while True:
-                yield number, window.decode(decoder)
+                yield number, window.take_value(decoder)
                 number += 1
                 mark = window.next_character()
                 window.skip(1)
@@ -203,8 +245,8 @@ class _Window:
         """Take characters."""
         self._place += count
 
-    def decode(self, decoder: json.JSONDecoder) -> Any:
-        """Take one JSON value. A number counts only with something behind it: it could go on."""
+    def take_value(self, decoder: json.JSONDecoder) -> bytes:
+        """Take the text of one JSON value. A number counts only with something behind it: it could go on."""
         self.next_character()
         while True:
             try:
@@ -220,8 +262,8 @@ class _Window:
                 self.fail(str(error))
             is_whole = not isinstance(value, int | float) or self._text[end : end + 1] in SEPARATORS
             if is_whole or not self._more():
-                self._place = end
-                return value
+                text, self._place = self._text[self._place : end], end
+                return text.encode()
 
     def fail(self, reason: str, place: int | None = None) -> None:
         """Raise DataError with the line of `place`, by default of the present one."""

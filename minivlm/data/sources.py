@@ -15,7 +15,6 @@ from minivlm.schema import IMAGE_PLACEHOLDER, Message, PreferencePair, Sample
 SPLITS = ("train", "val", "test")
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
-TRAILING_PLACEHOLDERS = re.compile(rf"(?<=\S)(\s*{IMAGE_PLACEHOLDER})+\s*$")
 CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
@@ -26,9 +25,18 @@ def parse_row(raw: Any, columns: Mapping[str, str]) -> Row:
         columns: keys of the row that the formats call otherwise -> their name there.
 
     Raises:
-        RowError: as `decode_row`, or the row has no known format.
+        RowError: as `decode_row`, the row has no known format, or text that is not Unicode.
     """
-    return normalize({columns.get(key, key): value for key, value in decode_row(raw).items()})
+    row = decode_row(raw)
+    named = {columns[key]: value for key, value in row.items() if key in columns}
+    found = normalize({key: value for key, value in row.items() if key not in columns and key not in named} | named)
+    try:
+        json.dumps(found, ensure_ascii=False, default=lambda _: None).encode()
+    except UnicodeEncodeError:
+        raise RowError("half of a surrogate pair, which is no character") from None
+    except RecursionError:
+        raise RowError("nested too deeply") from None
+    return found
 
 
 def decode_row(raw: Any) -> Row:
@@ -48,10 +56,6 @@ def decode_row(raw: Any) -> Row:
             raise RowError(f"not JSON: {type(error).__name__}") from None
     if not isinstance(raw, dict):
         raise RowError(f"a row must be an object with keys, not {type(raw).__name__}")
-    try:
-        json.dumps(raw, ensure_ascii=False, default=lambda _: None).encode()
-    except UnicodeEncodeError:
-        raise RowError("half of a surrogate pair, which is no character") from None
     return raw
 
 
@@ -102,6 +106,8 @@ def to_pair(row: Row, *, default_id: str) -> PreferencePair:
     """
     if "rejected" not in row:
         raise RowError("no `rejected` answer, so no preference")
+    if row.get("split", "train") not in ("train", "auto"):
+        raise RowError(f"`split` is {str(row['split'])[:40]!r}: pairs are for training, so this one is left out")
     texts = {}
     for key in ("question", "chosen", "rejected"):
         texts[key] = _text(row, key) or ""
@@ -141,10 +147,19 @@ def pictures_first(text: str) -> str:
     LLaVA's files have them at either end and its trainer moves them too (haotian-liu/LLaVA, preprocess_multimodal);
     the endpoint also puts pictures first, so training and serving see one order.
     """
-    match = TRAILING_PLACEHOLDERS.search(text)
-    if match is None or IMAGE_PLACEHOLDER in text[: match.start()]:
+    end, count = _text_end(text, len(text)), 0
+    while text.endswith(IMAGE_PLACEHOLDER, 0, end):
+        end, count = _text_end(text, end - len(IMAGE_PLACEHOLDER)), count + 1
+    if not end or not count or text.find(IMAGE_PLACEHOLDER, 0, end) >= 0:
         return text
-    return f"{IMAGE_PLACEHOLDER}\n" * match.group().count(IMAGE_PLACEHOLDER) + text[: match.start()]
+    return f"{IMAGE_PLACEHOLDER}\n" * count + text[:end]
+
+
+def _text_end(text: str, end: int) -> int:
+    """Where text[:end] ends without the white space behind it."""
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
 
 
 def _language(row: Mapping[str, Any], messages: tuple[Message, ...]) -> str:

@@ -124,14 +124,16 @@ def check_chunks(block: pa.Table) -> Iterator[pa.Table]:
             continue
         checked = check_rows(rows, source, rules)
         bad = [vars(row) for row in checked.bad]
-        found = {"samples": checked.samples, "pairs": checked.pairs, "bad": bad, "is_last": is_last}
+        found = {"samples": checked.samples, "pairs": checked.pairs, "bad": bad, "rows": len(rows), "is_last": is_last}
         yield pa.table({"checked": [json.dumps(found)]})
 
 
 def _size(raw: Any) -> int:
-    """Bytes of a raw row, roughly: those of its texts and pictures at the top, or of its line."""
-    values = raw.values() if isinstance(raw, dict) else [raw]
-    return sum(len(value) if isinstance(value, str | bytes) else 200 for value in values)
+    """Bytes of a raw row's texts and pictures."""
+    if isinstance(raw, str | bytes):
+        return len(raw)
+    values = raw.values() if isinstance(raw, dict) else raw if isinstance(raw, list) else ()
+    return sum(_size(value) for value in values) + 8
 
 
 HELD_OUT_FIRST = ("test", "val", "train")

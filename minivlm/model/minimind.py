@@ -71,6 +71,8 @@ def load_minimind(path: Path, heads: Heads | None = None) -> PreTrainedModel:
         return from_state_dict(dict(weights), heads)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: no MiniMind language model ({type(error).__name__}: {error})") from None
 
 
 def from_state_dict(weights: dict[str, Tensor], heads: Heads | None = None) -> PreTrainedModel:

@@ -27,15 +27,17 @@ METRIC = "val/loss"
 
 
 def run_trial(space: dict[str, int], jobs: list[StageJob]) -> None:
-    """What Tune calls: train `jobs[space["index"]]`, or say again what a finished trial has reported.
+    """What Tune calls: train `jobs[space["index"]]`; what was reported before an interruption is reported again.
 
     Raises:
         TrainingError: the loss is not finite.
     """
     job = jobs[space["index"]]
-    if (job.run_dir / RESULT_FILE).exists():
-        for line in read_metrics(job.run_dir / METRICS_FILE):
+    kept = newest_step(job.run_dir)
+    for line in read_metrics(job.run_dir / METRICS_FILE):
+        if line["step"] <= kept:
             report_to_tune(line, None)
+    if (job.run_dir / RESULT_FILE).exists():
         return
     os.environ.update(worker_environment(job.config))
     from minivlm.train.loop import train_loop  # after the environment that its imports read

@@ -19,6 +19,8 @@ LOCAL_ENVIRONMENT = {
 """Of clusters that we start on this machine; what is set already stays."""
 
 EXIT_TIMEOUT_S = 5.0
+_not_ours: list[psutil.Process] = []
+"""Children of this process from before the cluster."""
 
 
 def connect(config: Config) -> None:
@@ -27,6 +29,7 @@ def connect(config: Config) -> None:
     Raises:
         ConfigError: nothing answers at the address.
     """
+    _not_ours.extend(psutil.Process().children(recursive=True))
     quiet_libraries()
     DataContext.get_current().enable_progress_bars = False  # minivlm.log.Progress shows what matters
     disable_progress_bar()
@@ -62,7 +65,7 @@ def disconnect() -> None:
     A controller of Ray Train 2.60 sometimes hangs in its own exit, where Ray no longer looks for it.
     """
     if ray.is_initialized():
-        started = psutil.Process().children(recursive=True)
+        started = [child for child in psutil.Process().children(recursive=True) if child not in _not_ours]
         ray.shutdown()
         end_processes(started, EXIT_TIMEOUT_S)
 

@@ -88,7 +88,8 @@ def _counts(checked: Checked) -> list[str]:
     lines = []
     for key in ("language", "split", "task"):
         lines += _table(key, Counter(sample[key] for sample in checked.samples), REASONS_SHOWN)
-    answers = [turn["content"] for sample in checked.samples for turn in sample["messages"][1:]]
+    turns = [turn for sample in checked.samples for turn in sample["messages"]]
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
     answers += [pair[key] for pair in checked.pairs for key in ("chosen", "rejected")]
     return [*lines, _spread("turns", [len(sample["messages"]) for sample in checked.samples], "per conversation"),
             _spread("answers", [len(text) for text in answers], "characters")]  # fmt: skip

@@ -61,7 +61,7 @@ def test_preferences_are_the_same_in_every_format(folder, tmp_path, name):
 
 
 def test_a_folder_is_all_its_files_and_a_pattern_those_that_match(folder):
-    assert len(find_files(str(folder), None, None)) == 11
+    assert len(find_files(str(folder), None, None)) == 9  # without the two catalogues
     assert [file.path.name for file in find_files(str(folder / "swift*.jsonl"), None, None)] == [
         "swift.jsonl",
         "swift_pairs.jsonl",
@@ -101,7 +101,14 @@ def test_prompts_of_mmpr_have_a_question_and_the_truth(folder, tmp_path):
         ({"prompt": [{"role": "user", "content": "a"}] * 2, "chosen": "b", "rejected": "c"}, "exactly one question"),
         ({"messages": [{"role": "user", "content": "a"}], "rejected_response": "c"}, "the last of `messages`"),
         ({"chosen": "b", "rejected": "c"}, "no known format: keys chosen, rejected"),
-        ({"__key__": "a", "jpg": b""}, "no caption"),
+        ({"__key__": "a", "jpg": b"x"}, "no caption"),
+        ({"__key__": "a", "txt": "a caption"}, "a caption without a picture"),
+        ({"__key__": "a", "seg.png": b"x", "txt": b"a caption"}, "a caption without a picture"),
+        ({"__key__": "a", "json": {"caption": "x"}}, "its .json member must be text"),
+        ({"image_bytes": "a.png", "caption": "x"}, "no `conversations`"),
+        ({"texts": [{"user": "a", "assistant": "b"}], "images": [None]}, "a picture must be"),
+        ({"texts": [{"user": "a", "assistant": "b"}], "images": ["a", ""]}, "a picture must be"),
+        ({"question": "q", "answer": "x", "images": ["a"], "image": "b"}, "pictures under several keys: images, image"),
         ({"__key__": "a", "json": b"{"}, "its .json member is not JSON"),
         ({"__key__": "a", "txt": b"\xff"}, "its .txt member is not UTF-8"),
         ({"question": 3, "answer": "x"}, "`question` must be text"),
@@ -110,6 +117,32 @@ def test_prompts_of_mmpr_have_a_question_and_the_truth(folder, tmp_path):
 def test_a_row_that_fits_no_format_says_why(row, reason):
     with pytest.raises(RowError, match=reason):
         normalize(row)
+
+
+def test_pictures_of_a_key_keep_their_numbers_order():
+    members = {f"{i}.jpg": b"%d" % i for i in range(12)}
+    row = normalize({"__key__": "a", **members, "jpg": b"first", "json": b'{"caption": "c", "split": "test", "id": 7}'})
+    assert row["images"] == [b"first", *(b"%d" % i for i in range(12))]
+    assert (row["id"], row["split"]) == ("a", "test")
+
+
+def test_a_row_within_a_row_is_read_once():
+    inner = json.dumps({"__key__": "b", "conversations": [{"from": "human", "value": "q"}], "txt": "x"}).encode()
+    assert normalize({"__key__": "a", "json": inner})["id"] == "a"
+
+
+def test_a_conversation_as_text_is_no_question():
+    turns = json.dumps([{"from": "human", "value": "q"}])
+    assert normalize({"conversations": turns, "chosen": "a", "rejected": "b"})["question"] == "q"
+
+
+def test_a_mapped_column_wins_over_a_key_of_that_name(tmp_path):
+    write_all(tmp_path)
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    row = {"shots": ["red.jpg"], "images": ["blue.jpg"], "conversations": turns}
+    source = Source("x.json", str(tmp_path), "sft", "train", "caption", (("shots", "images"),))
+    (sample,) = check_rows([(1, row)], source, Rules(LIMITS, 0.1, 0.1, str(tmp_path))).samples
+    assert sample["images"][0].endswith("red.jpg")
 
 
 @pytest.mark.parametrize("value", [3, {}, {"bytes": None}, [3], "data:image/png,abc", "data:image/png;base64,???"])
@@ -152,7 +185,10 @@ def test_a_hub_data_set_comes_from_the_hub_librarys_cache(folder, tmp_path, monk
     (repository / "refs" / "main").write_text(revision)
     snapshot = repository / "snapshots" / revision / "data"
     snapshot.mkdir(parents=True)
-    (snapshot / "train.parquet").write_bytes((folder / "finevision.parquet").read_bytes())
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "abc").write_bytes((folder / "finevision.parquet").read_bytes())
+    (snapshot / "train.parquet").symlink_to(repository / "blobs" / "abc")  # as the library keeps them
+    (snapshot / "dataset_infos.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (file,) = find_files("hf://datasets/someone/colours", None, "data")

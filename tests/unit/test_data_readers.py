@@ -1,10 +1,15 @@
 """Files in parts: numbering, memory, and files that are broken as a whole."""
 
+import gzip
+import io
 import json
+import random
 import tarfile
 import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,7 +33,8 @@ def test_a_list_is_read_as_json_reads_it_whatever_the_window(tmp_path_factory, r
     with pytest.MonkeyPatch.context() as patch:
         for chars in (1, 7, 2**20):
             patch.setattr(readers, "TEXT_CHARS", chars)
-            assert [raw for _, raw in read_rows(path)] == json.loads(path.read_text(encoding="utf-8"))
+            found = [json.loads(raw) for _, raw in read_rows(path)]
+            assert found == json.loads(path.read_text(encoding="utf-8"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,6 +135,53 @@ def test_a_large_member_costs_its_row_only(tmp_path, monkeypatch):
     (_, first), (_, second) = read_rows(tmp_path / "s.tar")
     assert isinstance(first, RowError)
     assert second == {"__key__": "folder.d/b", "txt": b"xxxxx"}
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_members_that_do_not_stand_together_cost_their_rows(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.txt", b"3"), ("b.txt", b"4")])
+    kinds = [type(raw) for _, raw in read_rows(path)]
+    assert kinds == [dict, dict, RowError, RowError]
+
+
+def test_links_and_doubles_cost_their_row_and_macos_files_nothing(tmp_path):
+    path = write_tar(
+        tmp_path / "a.tar", [("._a.jpg", b"x"), ("a.jpg", b"1"), ("._a.txt", b"x"), ("a.txt", b"2"), ("b.jpg", b"3")]
+    )
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("b.txt")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.txt"
+        archive.addfile(link)
+    (_, first), (_, second) = read_rows(path)
+    assert first == {"__key__": "a", "jpg": b"1", "txt": b"2"}
+    assert isinstance(second, RowError)
+    ((_, double),) = read_rows(write_tar(tmp_path / "b.tar", [("a.jpg", b"1"), ("a.jpg", b"2")]))
+    assert isinstance(double, RowError)
+
+
+def test_a_cell_beyond_pythons_dates_costs_its_row(tmp_path):
+    dates = pa.array([0, 2**40, 1], pa.int64()).cast(pa.timestamp("s"))
+    pq.write_table(pa.table({"n": [1, 2, 3], "date": dates}), tmp_path / "a.parquet")
+    rows = [raw for _, raw in read_rows(tmp_path / "a.parquet")]
+    assert [raw["n"] for raw in rows if isinstance(raw, dict)] == [1, 3]
+    assert isinstance(rows[1], RowError)
+
+
+def test_damaged_archives_are_one_error(tmp_path):
+    noise = bytes(random.Random(0).randbytes(20_000))
+    whole = gzip.compress(write_tar(tmp_path / "a.tar", [("a.txt", noise)]).read_bytes())
+    for size in (3, 20, len(whole) // 2):
+        (tmp_path / "b.tar").write_bytes(whole[:size])
+        with pytest.raises(DataError, match=r"b\.tar"):
+            list(read_rows(tmp_path / "b.tar"))
 
 
 def test_a_missing_file_names_the_setting(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Annotation files: which rows are taken, and the reason given for every other."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,17 @@ def test_an_mmpr_question_gets_its_pictures_in_front():
     assert (pair.pair_id, pair.question, pair.answer) == ("p-1", "<image>\n<image>\nSame?", "no")
 
 
+def test_many_placeholders_take_no_time():
+    started = time.process_time()
+    assert pictures_first("<image>" * 50_000 + "x").endswith("x")
+    assert pictures_first("x " + "<image> " * 50_000).count("<image>\n") == 50_000
+    assert time.process_time() - started < 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"split": "test"}, "pairs are for training"),
         ({"rejected": None}, "no `rejected` answer"),
         ({"rejected": ""}, r"an empty answer \(`rejected`\)"),
         ({"chosen": " "}, r"an empty answer \(`chosen`\)"),
@@ -131,7 +140,9 @@ def test_one_bad_line_costs_one_row(tmp_path):
 
 def test_half_a_surrogate_pair_is_refused():
     with pytest.raises(RowError, match="surrogate"):
-        parse_row(json.loads('{"id": "\\ud800"}'), {})
+        parse_row(json.loads('{"question": "\\ud800"}'), {})
+    with pytest.raises(RowError, match="surrogate"):
+        parse_row({"conversations": '[{"from": "human", "value": "\\ud800"}]'}, {})
 
 
 def test_splits_follow_the_picture_and_its_shares():
