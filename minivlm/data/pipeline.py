@@ -22,7 +22,7 @@ from minivlm.data.lengths import encode_rows
 from minivlm.data.miniworld.write import build_miniworld, expected_rows
 from minivlm.data.readers import list_parts, read_rows
 from minivlm.data.samples import SampleWriter, iter_rows, load_pictures
-from minivlm.data.settings import image_limits, num_image_tokens, sources, tokens_dir
+from minivlm.data.settings import image_limits, num_image_tokens, rules, sources, tokens_dir
 from minivlm.data.stream import chain_tasks
 from minivlm.data.tokenizer import load_tokenizer, train_tokenizer
 from minivlm.data.tokens import TokenTable
@@ -52,10 +52,8 @@ def prepare_samples(config: Config) -> Path:
     if config.uses_miniworld and not layout.miniworld_dir(config).is_dir():
         with new_directory(layout.miniworld_dir(config)) as drawn:
             build_miniworld(drawn, seed=config.seed, **config.miniworld.model_dump())
-    pictures = str(layout.pictures_dir(config))
-    rules = Rules(image_limits(config), config.data.val_fraction, config.data.test_fraction, pictures)
     with new_directory(folder) as temporary:
-        summary, first_bad = _validate(sources(config), rules, temporary)
+        summary, first_bad = _validate(sources(config), rules(config), temporary)
         _check_summary(config, summary, first_bad, temporary / "quarantine.jsonl")
         write_json(temporary / "summary.json", summary)
     bad = f", {summary['bad']} bad rows in {folder / 'quarantine.jsonl'}" if summary["bad"] else ""
@@ -149,8 +147,8 @@ def load_token_counts(config: Config) -> dict[str, int]:
     return {stage: int(open_table(str(path)).lengths.sum()) for stage, path in paths.items() if path.is_dir()}
 
 
-def _validate(given: list[Source], rules: Rules, folder: Path) -> tuple[dict[str, Any], BadRow | None]:
-    parts = [(part, source, rules) for source in given for part in list_parts(Path(source.path))]
+def _validate(given: list[Source], kept_to: Rules, folder: Path) -> tuple[dict[str, Any], BadRow | None]:
+    parts = [(part, source, kept_to) for source in given for part in list_parts(Path(source.path))]
     counts: Counter[str] = Counter()
     total, bad, first_bad = 0, 0, None
     with SampleWriter(folder) as writer, Progress(len(parts), "validate files") as progress:

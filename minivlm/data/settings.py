@@ -9,7 +9,7 @@ from minivlm.config import Config
 from minivlm.data.catalog import find_files
 from minivlm.data.images import ImageLimits
 from minivlm.data.miniworld.write import FILES as MINIWORLD
-from minivlm.data.validate import Source
+from minivlm.data.validate import Rules, Source
 from minivlm.storage import content_hash
 
 
@@ -29,6 +29,12 @@ def sources(config: Config) -> list[Source]:
                 own = (tuple(file.columns.items()), file.repeat)
                 found.append(Source(str(file.path), str(file.image_root), stage, given.split, given.task, *own))
     return found
+
+
+def rules(config: Config) -> Rules:
+    """What rows must keep to."""
+    data = config.data
+    return Rules(image_limits(config), data.val_fraction, data.test_fraction, str(layout.pictures_dir(config)))
 
 
 def image_limits(config: Config) -> ImageLimits:

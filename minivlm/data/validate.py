@@ -84,8 +84,12 @@ def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Che
 def _copies(source: Source, number: int) -> int:
     """How often a training row is used: `repeat` times, its fraction by a digest of the row's place."""
     whole, fraction = divmod(source.repeat, 1)
-    place = int(sha256(f"{source.path}:{number}".encode()).hexdigest()[:13], 16) / 16**13
-    return int(whole) + (place < fraction)
+    return int(whole) + (_place(sha256(f"{source.path}:{number}".encode()).hexdigest()) < fraction)
+
+
+def _place(digest: str) -> float:
+    """A hex digest as a number from 0 to 1."""
+    return int(digest[:13], 16) / 16**13
 
 
 ROWS_PER_CHUNK = 500
@@ -142,7 +146,7 @@ HELD_OUT_FIRST = ("test", "val", "train")
 
 def choose_split(digest: str, val_fraction: float, test_fraction: float) -> str:
     """Split of a picture from its hex digest alone, so that one picture is never on both sides."""
-    place = int(digest[:13], 16) / 16**13
+    place = _place(digest)
     if place < test_fraction:
         return "test"
     return "val" if place < test_fraction + val_fraction else "train"

@@ -21,10 +21,10 @@ from minivlm.data.errors import RowError
 from minivlm.data.formats import format_name
 from minivlm.data.images import read_image
 from minivlm.data.readers import read_rows
-from minivlm.data.settings import image_limits, num_image_tokens
+from minivlm.data.settings import image_limits, num_image_tokens, rules
 from minivlm.data.sources import decode_row
 from minivlm.data.tokenizer import load_tokenizer
-from minivlm.data.validate import Checked, Rules, Source, check_rows
+from minivlm.data.validate import Checked, Source, check_rows
 from minivlm.schema import Message
 
 REASONS_SHOWN = 10
@@ -52,7 +52,7 @@ def inspect_source(config: Config, path: str, *, stage: str, image_root: Path | 
         formats.update(_format(raw, file) for _, raw in rows)
         own = (tuple(file.columns.items()), 1.0)
         source = Source(str(file.path), str(file.image_root), stage, "auto", "caption", *own)
-        found = check_rows(rows, source, _rules(config))
+        found = check_rows(rows, source, rules(config))
         checked.samples.extend(found.samples)
         checked.pairs.extend(found.pairs)
         checked.bad.extend(found.bad)
@@ -66,11 +66,6 @@ def inspect_source(config: Config, path: str, *, stage: str, image_root: Path | 
     if good:
         lines += [*_counts(checked), *_pictures(config, good, preview), *_tokens(config, good, colour)]
     return lines
-
-
-def _rules(config: Config) -> Rules:
-    data = config.data
-    return Rules(image_limits(config), data.val_fraction, data.test_fraction, str(layout.pictures_dir(config)))
 
 
 def _format(raw: Any, file: AnnotationFile) -> str:
