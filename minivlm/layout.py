@@ -120,7 +120,7 @@ def _clip_key(config: Config) -> list[Any]:
 
 def _run_key(config: Config, stage: StageName) -> list[Any]:
     train = config.train
-    numerics = [config.seed, train.num_workers, train.zero_stage, train.precision, train.pack_length_tokens]
+    numerics = [config.seed, train.precision, train.pack_length_tokens]  # a run may go on with other workers
     own = [stage, numerics, _values(getattr(train, stage))]
     if stage == "pretrain":
         encoder = [getattr(config.clip, name) for name in _ENCODING]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
+from minivlm.train.zero import ZeroState
 
 _hidden = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it: 2 s a worker
 import deepspeed  # noqa: E402
@@ -25,7 +26,6 @@ from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 if _hidden is None:
     del sys.modules["mlflow"]
 
-CHECKPOINT_TAG = "state"
 BUCKET_ELEMENTS = 50_000_000
 
 
@@ -65,9 +65,20 @@ class Engine:
         clip_norm = 0.0 if self._is_plain or uses_muon else optimizer.clip_norm
         config = deepspeed_config(zero_stage, precision, clip_norm=clip_norm, uses_muon=uses_muon)
         model = model.to(device)
+        learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        sizes = {name: parameter.numel() for name, parameter in learning.items()}
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, optimizer), config=config)
         self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.module: nn.Module = self._engine.module
+        self._state = ZeroState(
+            self._engine.optimizer,
+            learning,
+            sizes,
+            zero_stage=zero_stage,
+            precision=precision,
+            rank=dist.get_rank(),
+            world_size=self.world_size,
+        )
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """The model's output; gradients flow."""
@@ -90,25 +101,19 @@ class Engine:
         self._engine.step()
         return StepReport(rate, float(self._engine.get_global_grad_norm()))
 
-    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
-        """Write every rank's shards under `directory` (shared by all ranks)."""
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(directory), tag=CHECKPOINT_TAG, client_state=client_state)
+    def save(self, directory: Path) -> None:
+        """Write every rank's share of the weights and moments under `directory` (shared by all ranks)."""
+        self._state.save(directory)
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Continue from `save`; returns its client_state.
+    def load(self, directory: Path, *, updates: int) -> None:
+        """Continue from `save` after `updates` steps, with any number of ranks and any ZeRO stage then and now.
 
-        DeepSpeed unpickles the files: load only what this run wrote and whose manifest was verified.
+        Float32 weights and moments are bit-equal to those saved.
 
         Raises:
-            FileNotFoundError: no shards there.
+            CheckpointError: no state there, or that of another model.
         """
-        if not (Path(directory) / CHECKPOINT_TAG).is_dir():
-            raise FileNotFoundError(
-                f"No training state under {directory}: delete this checkpoint and run the stage again"
-            )
-        _, client_state = self._engine.load_checkpoint(str(directory), tag=CHECKPOINT_TAG)
-        return dict(client_state)
+        self._state.load(directory, updates=updates)
 
     def gather_state_dict(self) -> dict[str, Tensor] | None:
         """Full float32 weights by parameter name, on rank 0 (None elsewhere); tied weights appear once.

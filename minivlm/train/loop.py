@@ -5,6 +5,7 @@ each micro-batch divided by those counts, sum the metrics over all ranks, update
 """
 
 import copy
+import json
 import math
 import time
 import warnings
@@ -19,7 +20,7 @@ from torch import Tensor
 from minivlm.data.collate import collate, unpack_batch
 from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import TokenTable
-from minivlm.model.checkpoint import begin, commit, newest_complete, prune
+from minivlm.model.checkpoint import MANIFEST, begin, commit, newest_complete, prune
 from minivlm.model.export import load_export, save_export
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector, whiten_input
@@ -234,19 +235,21 @@ class StageWorker:
         dist.broadcast_object_list(found, src=0)
         if found[0] is None:
             return 0
-        state = self.engine.load(found[0] / "engine")
+        state = json.loads((found[0] / MANIFEST).read_text())["client_state"]
+        self.engine.load(found[0] / "engine", updates=state["step"])
         self.shift.load_state_dict(state["reward_shift"])
         return int(state["step"])
 
     def _save(self, step: int, line: dict[str, float]) -> Path:
         """Commit a checkpoint of all ranks; returns its folder."""
         job, train = self.job, self.job.config.train
+        weights = self.engine.gather_state_dict()
+        self._check_weights(step, weights)
         folder = [begin(job.run_dir, step)] if self.rank == 0 else [None]
         dist.broadcast_object_list(folder, src=0)
         assert folder[0] is not None
         client_state = {"step": step, "reward_shift": self.shift.state_dict()}
-        self.engine.save(folder[0] / "engine", client_state)
-        weights = self.engine.gather_state_dict()
+        self.engine.save(folder[0] / "engine")
         dist.barrier()
         final: list[Path | None] = [None]
         if self.export_model is not None and weights is not None:
@@ -265,6 +268,14 @@ class StageWorker:
         dist.broadcast_object_list(final, src=0)
         assert final[0] is not None
         return final[0]
+
+    def _check_weights(self, step: int, weights: dict[str, Tensor] | None) -> None:
+        """No checkpoint of weights that are not finite may replace the last good one."""
+        broken = [name for name, values in (weights or {}).items() if not bool(values.isfinite().all())]
+        found = [broken[:1]]
+        dist.broadcast_object_list(found, src=0)
+        if found[0]:
+            raise TrainingError(self._divergence(step - 1, f"weight {found[0][0]}", math.nan))
 
     def _report(self, line: dict[str, float], checkpoint: Path | None) -> None:
         metrics: dict[str, Any] = {"stage": self.job.stage, "total_steps": self.job.total_steps, **line}
