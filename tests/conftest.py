@@ -12,6 +12,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 -- at Ray's 15 the workers starve beside anything else that runs
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny operations gain nothing from threads that wait in a loop
 
 REPOSITORY = Path(__file__).parent.parent
 

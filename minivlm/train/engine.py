@@ -8,6 +8,7 @@ they are multiplied by the world size here, and the gradient is that of the sum 
 import logging
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,4 +176,9 @@ def _quiet_start(device: torch.device) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else it compiles a shared-memory op with g++ that gloo never uses
-        torch._dynamo.config.disable = True  # else Muon's few products are compiled, with g++ too
+        deepspeed.runtime.compiler.compile = _run_eagerly  # else Muon's few products are compiled, with g++ too
+
+
+def _run_eagerly() -> Callable[[Any], Any]:
+    """In the place of `torch.compile`, which imports inductor even where it is off: 5 s in every worker."""
+    return lambda function: function

@@ -95,8 +95,8 @@ class ZeroState:
         if self._zero_stage == 3:
             self._refresh_stage_3()
             return
-        for name, parameter in self._learning.items():  # whole on every worker
-            parameter.data.copy_(saved.read(name, MASTER, 0, self._sizes[name]).view_as(parameter))
+        for name, whole in self._learning.items():
+            whole.data.copy_(saved.read(name, MASTER, 0, self._sizes[name]).view_as(whole))
 
     def _shards(self, chosen: Iterable[Held]) -> Iterator[Shard]:
         for held in chosen:
@@ -136,9 +136,9 @@ class ZeroState:
         if self._zero_stage == 0:
             groups = [group["params"] for group in base.param_groups]
             for number, buffers in enumerate(groups):
-                parameters = buffers if self._is_plain else optimizer.fp16_groups[number]
-                for parameter, buffer in zip(parameters, buffers, strict=True):
-                    yield Held(self._names[id(parameter)], number, buffer, 0, 0, buffer.numel())
+                working = buffers if self._is_plain else optimizer.fp16_groups[number]
+                for weights, buffer in zip(working, buffers, strict=True):
+                    yield Held(self._names[id(weights)], number, buffer, 0, 0, buffer.numel())
         elif self._zero_stage == 3:
             yield from self._find_stage_3()
         else:

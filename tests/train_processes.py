@@ -1,0 +1,179 @@
+"""`train_loop` in plain processes over gloo: a group that a test can kill, without Ray, in about a second per run.
+
+Processes are forked from one that has imported everything. The job is a toy: random picture features, 10 samples whose
+answers name them (token FIRST_ANSWER + i), and the small export of tests/tiny_export.py as initial weights.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minivlm.config import Config
+from minivlm.data.batches import make_batches, payload_block, plan_blocks
+from minivlm.data.collate import unpack_batch
+from minivlm.data.features import FeatureCache
+from minivlm.data.tokenizer import load_tokenizer
+from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
+from minivlm.train.feed import newest_step
+from minivlm.train.job import StageJob, count_steps, plan_training
+from tests.tiny_export import NUM_IMAGE_TOKENS, WIDTH, build_export
+
+NUM_SAMPLES, NUM_VALIDATION = 10, 4
+FIRST_ANSWER = 200
+GROUP_TIMEOUT_S = 90
+
+_environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0"}
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["minivlm.train.loop", "minivlm.train.feed", "tests.train_processes"])
+
+
+def make_toy(folder: Path) -> StageJob:
+    """An sft job of 6 epochs of 3 steps (4, 4 and 2 samples), a checkpoint after every second step."""
+    export = build_export(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    image_token_id = int(tokenizer.convert_tokens_to_ids("<image>"))
+    generator = np.random.default_rng(0)
+    digests = [f"{i:064x}" for i in range(NUM_SAMPLES + NUM_VALIDATION)]
+    cache = FeatureCache(folder / "features", "toy", (NUM_IMAGE_TOKENS, WIDTH))
+    cache.append(digests, torch.randn(len(digests), NUM_IMAGE_TOKENS, WIDTH, generator=torch.manual_seed(0)).bfloat16())
+    samples = [_sample(i, digest, image_token_id, generator) for i, digest in enumerate(digests)]
+    TokenTable.write(folder / "train", samples[:NUM_SAMPLES])
+    TokenTable.write(folder / "val", samples[NUM_SAMPLES:])
+    stage = {"global_batch_size": 4, "epochs": 6, "learning_rate": 3e-3, "num_evals": 2, "clip_norm": 0.5}
+    config = Config.model_validate({"storage_path": str(folder), "train": {"checkpoint_every_steps": 2, "sft": stage}})
+    return StageJob(
+        config=config,
+        stage="sft",
+        run_dir=folder / "run",
+        train_table=folder / "train",
+        val_table=folder / "val",
+        features_dir=cache.directory,
+        num_image_tokens=NUM_IMAGE_TOKENS,
+        vision_size=WIDTH,
+        tokenizer_path=str(folder / "tokenizer"),
+        tower_path=str(folder / "clip"),
+        image_token_id=image_token_id,
+        pad_token_id=int(tokenizer.pad_token_id),
+        vocab_size=len(tokenizer),
+        initial_export=export,
+        total_steps=count_steps(NUM_SAMPLES, config.train.sft),
+    )
+
+
+def _sample(index: int, digest: str, image_token_id: int, generator: np.random.Generator) -> EncodedSample:
+    question = generator.integers(20, 190, size=2 + index % 4)
+    answer = np.concatenate([[FIRST_ANSWER + index], generator.integers(20, 190, size=1 + index % 3)])
+    ids = np.concatenate([[image_token_id] * NUM_IMAGE_TOKENS, question, answer]).astype(np.int32)
+    labels = ids.copy()
+    labels[: -len(answer)] = IGNORE
+    return EncodedSample(f"sample-{index}", ids, labels, (digest,))
+
+
+def changed(job: StageJob, run_dir: Path, **settings: Any) -> StageJob:
+    """The job in another folder with other settings; those of the stage are given as `stage={...}`."""
+    from dataclasses import replace
+
+    tree = job.config.model_dump(mode="json")
+    tree["train"][job.stage] |= settings.pop("stage", {})
+    tree["train"] |= settings
+    return replace(job, config=Config.model_validate(tree), run_dir=run_dir)
+
+
+class Group:
+    """The processes of one run of a job."""
+
+    def __init__(self, job: StageJob) -> None:
+        """Start them."""
+        os.environ.update(_environment)  # before the first one: the forking process keeps its own
+        self.world_size = job.config.train.num_workers
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        attempt = len(list(job.run_dir.glob("attempt-*")))
+        self.folder = job.run_dir / f"attempt-{attempt}"
+        self.folder.mkdir()
+        arguments = [(job, rank, self.world_size, self.folder) for rank in range(self.world_size)]
+        self.processes: list[BaseProcess] = [_context.Process(target=_rank, args=item) for item in arguments]
+        for process in self.processes:
+            process.start()
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL; the others are killed too as soon as they fail, as Ray Train does."""
+        for rank in ranks:
+            self.processes[rank].kill()
+            self.processes[rank].join()
+        self.join()
+
+    def join(self) -> None:
+        """Wait for all; one that fails takes the others with it."""
+        deadline = time.monotonic() + GROUP_TIMEOUT_S
+        while any(process.is_alive() for process in self.processes):
+            if any(process.exitcode for process in self.processes) or time.monotonic() > deadline:
+                for process in self.processes:
+                    process.kill()
+                    process.join()
+            time.sleep(0.01)
+
+    def outcome(self) -> dict[str, str]:
+        """What `train_loop` returned, the same on all ranks."""
+        self.join()
+        found = [json.loads((self.folder / f"outcome-{rank}.json").read_text()) for rank in range(self.world_size)]
+        assert all(outcome == found[0] for outcome in found)
+        return dict(found[0])
+
+    def seen(self) -> list[tuple[int, list[int]]]:
+        """(step, sample) of all that the ranks read, by step: the first supervised token names the sample."""
+        lines = [path.read_text().splitlines() for path in sorted(self.folder.glob("seen-*.jsonl"))]
+        return [(step, samples) for step, samples in (json.loads(line) for rank in lines for line in rank)]
+
+
+def run_job(job: StageJob) -> dict[str, str]:
+    """Run (or continue) a job to its end; returns the loop's outcome."""
+    return Group(job).outcome()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Look every millisecond."""
+    deadline = time.monotonic() + GROUP_TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def _rank(job: StageJob, rank: int, world_size: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    from minivlm.train.loop import train_loop
+
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
+    with (folder / f"log-{rank}.txt").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        outcome = train_loop(job, _rows(job, rank, folder), torch.device("cpu"), lambda metrics, checkpoint: None)
+        (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
+        os._exit(0)
+
+
+def _rows(job: StageJob, rank: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches of the steps that are left, as Ray Data would give them; they are noted when read."""
+    first_step, world_size = newest_step(job.run_dir), job.config.train.num_workers
+    steps = plan_training(job, first_step=first_step)
+    blocks = plan_blocks(job.train_table, steps, world_size=world_size, first_step=first_step)
+    with (folder / f"seen-{rank}.jsonl").open("w") as notes:
+        for block in blocks[rank::world_size]:
+            ids = (job.image_token_id, job.pad_token_id)
+            for row in make_batches(
+                str(job.train_table), str(job.features_dir), *ids, payload_block(block)
+            ).to_pylist():
+                labels = unpack_batch(row["payload"])["labels"]
+                samples = (labels[labels >= FIRST_ANSWER] - FIRST_ANSWER).tolist()
+                print(json.dumps([row["step"], samples]), file=notes, flush=True)
+                yield row
