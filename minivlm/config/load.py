@@ -65,7 +65,25 @@ class Config(Frozen):
             raise ValueError("all weights of train.mpo are 0, nothing would be learned: add train.mpo.dpo_weight=0.8")
         if self.clip.image_size_px % self.clip.patch_size_px:
             raise ValueError("clip.image_size_px must be a multiple of clip.patch_size_px: type clip.patch_size_px=24")
+        self._check_projector()
         return self
+
+    def _check_projector(self) -> None:
+        """What can be known of the projectors before a tower or a language model is loaded."""
+        kinds, model = {self.model.projector, *self.tune.projectors}, self.model
+        patches = self.clip.image_size_px // self.clip.patch_size_px
+        if "pixel_shuffle" in kinds and self.clip.path is None and model.pixel_shuffle_factor > patches:
+            raise ValueError(
+                f"model.pixel_shuffle_factor={model.pixel_shuffle_factor} does not fit into {patches} x {patches} "
+                f"patches: type model.pixel_shuffle_factor=2, or a smaller clip.patch_size_px"
+            )
+        width = model.language_model.hidden_size
+        if "resampler" in kinds and model.language_model.path is None and width % model.resampler_heads:
+            fitting = max(heads for heads in range(1, model.resampler_heads) if width % heads == 0)
+            raise ValueError(
+                f"model.resampler_heads={model.resampler_heads} does not divide model.language_model.hidden_size="
+                f"{width}: type model.resampler_heads={fitting}"
+            )
 
 
 def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

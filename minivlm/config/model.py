@@ -11,13 +11,14 @@ class ClipConfig(Frozen):
     """The frozen vision tower (a stock `CLIPModel`), trained here or loaded."""
 
     path: str | None = None
-    """Local folder or hub id (`openai/clip-vit-base-patch32`). Default: trained on the pretrain pairs."""
+    """Local folder or hub id of a CLIP or SigLIP, whole or vision half (`openai/clip-vit-large-patch14-336`,
+    `google/siglip-base-patch16-224`). Default: a CLIP trained on the pretrain pairs."""
 
     image_size_px: PositiveInt = 72
-    """Side of the tower's input."""
+    """Side of the tower's input. Of a tower that is loaded, its own settings count; see the dry run."""
 
     patch_size_px: PositiveInt = 24
-    """Side of one patch; (image/patch)^2 + 1 image tokens."""
+    """Side of one patch; (image/patch)^2 features per picture and the class token."""
 
     vision_hidden_size: PositiveInt = 192
     vision_layers: PositiveInt = 3
@@ -91,13 +92,46 @@ class LanguageModelConfig(Frozen):
     """qwen3_moe only: weight of the load-balancing loss."""
 
 
+ProjectorKind = Literal["linear", "mlp2x_gelu", "pixel_shuffle", "resampler"]
+
+
 class ModelConfig(Frozen):
     """Projector and language model on top of the vision tower."""
 
-    projector: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    """`linear`: one bias-free layer (LLaVA-1, MiniMind-V). `mlp2x_gelu`: two layers (LLaVA-1.5)."""
+    projector: ProjectorKind = "mlp2x_gelu"
+    """One token per feature: `linear`, one bias-free layer (LLaVA-1, MiniMind-V); `mlp2x_gelu`, two layers (LLaVA-1.5).
+    Fewer tokens: `pixel_shuffle` merges squares of patches, then two layers (InternVL); `resampler`, learned queries
+    with cross-attention (Flamingo). Stock transformers loads exports of the first two only."""
+
+    pixel_shuffle_factor: int = Field(2, ge=2)
+    """pixel_shuffle only: patches along a side of the square that becomes one token. A grid that the squares do not
+    tile is filled by repeating its last row and column."""
+
+    resampler_queries: PositiveInt = 16
+    """resampler only: tokens per picture."""
+
+    resampler_layers: PositiveInt = 2
+    """resampler only: blocks of cross-attention and feed-forward layer, as wide as the language model."""
+
+    resampler_heads: PositiveInt = 4
+    """resampler only: attention heads; they must divide the language model's hidden_size."""
 
     language_model: LanguageModelConfig = LanguageModelConfig()
 
     max_length_tokens: PositiveInt = 512
     """Longest sample, image tokens included. Longer ones are quarantined, never cut."""
+
+    @property
+    def is_stock_llava(self) -> bool:
+        """True where plain transformers can express the model, and so loads its export."""
+        return self.projector in ("linear", "mlp2x_gelu")
+
+    @property
+    def projector_sizes(self) -> dict[str, int]:
+        """The settings that some projector kinds read, by name."""
+        return {
+            "pixel_shuffle_factor": self.pixel_shuffle_factor,
+            "resampler_queries": self.resampler_queries,
+            "resampler_layers": self.resampler_layers,
+            "resampler_heads": self.resampler_heads,
+        }

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from minivlm.config.base import Frozen
+from minivlm.config.model import ProjectorKind
 
 
 class EvaluationConfig(Frozen):
@@ -33,7 +34,7 @@ class TuneConfig(Frozen):
     max_concurrent_trials: PositiveInt = 2
     """Each is one process with `train.cpus_per_worker` CPUs and, with `train.use_gpu`, one GPU."""
 
-    projectors: tuple[Literal["linear", "mlp2x_gelu"], ...] = ("linear", "mlp2x_gelu")
+    projectors: tuple[ProjectorKind, ...] = ("linear", "mlp2x_gelu")
     """Grid; crossed with the learning rates drawn."""
 
     min_learning_rate: PositiveFloat = 3e-4

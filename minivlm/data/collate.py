@@ -32,7 +32,8 @@ def collate(
         reference_logps [S] float32 where the table has them.
 
     Raises:
-        ValueError: an entry has not exactly P placeholder tokens per picture.
+        ValueError: an entry has more or fewer placeholder tokens per picture than the first one. (That they are as
+            many as the projector gives is checked where it runs: `MiniVLM.embed`.)
     """
     width = padded_length(rows, table.lengths)
     shape = (max(len(rows), 1), width)
@@ -59,11 +60,12 @@ def collate(
             placeholders.append((sample.sample_id, found, len(sample.image_sha256)))
             start = end
     image_features = features(tuple(pictures))
+    num_image_tokens = next((found // count for _, found, count in placeholders if count), 0)
     for name, found, count in placeholders:
-        if found != count * image_features.shape[1]:
+        if found != count * num_image_tokens:
             raise ValueError(
-                f"sample {name} has {found} placeholder tokens for {count} picture(s) of "
-                f"{image_features.shape[1]} tokens each: the table was built for another vision tower. Prepare again"
+                f"sample {name} has {found} placeholder tokens for {count} picture(s), others of its batch "
+                f"{num_image_tokens} for each: the table is damaged. Delete {table.directory} and prepare again"
             )
     batch = {"input_ids": input_ids, "position_ids": position_ids, "segment_ids": segment_ids, "labels": labels}
     tensors = {key: torch.from_numpy(value) for key, value in batch.items()}

@@ -78,7 +78,7 @@ def prepare_features(config: Config, tower_path: str) -> FeatureCache:
     clip = config.clip
     tower = Tower(tower_path, clip.encode_precision, clip.feature_layer, clip.encode_batch_size)
     loaded = tower.load("cpu")
-    shape = (loaded.num_image_tokens, loaded.hidden_size)
+    shape = (loaded.num_features, loaded.hidden_size)
     cache = FeatureCache(layout.features_root(config), loaded.fingerprint, shape)
     pictures = load_pictures(prepare_samples(config))
     encoders = Encoders(

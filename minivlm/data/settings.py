@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, CLIPConfig
-
 from minivlm import layout
 from minivlm.config import Config
 from minivlm.data.catalog import find_files
 from minivlm.data.images import ImageLimits
 from minivlm.data.miniworld.write import FILES as MINIWORLD
 from minivlm.data.validate import Rules, Source
+from minivlm.model.image_tokens import CLASS_TOKENS, count_features, count_image_tokens, read_tower_config
 from minivlm.storage import content_hash
 
 
@@ -43,13 +42,25 @@ def image_limits(config: Config) -> ImageLimits:
     return ImageLimits(data.max_image_bytes, data.max_image_pixels, data.max_image_side_px, data.max_aspect_ratio)
 
 
-def num_image_tokens(config: Config) -> int:
-    """Tokens of one picture: patches and the class token."""
+def tower_shape(config: Config, *, local_files_only: bool = False) -> tuple[int, int]:
+    """(P, D): features of one picture and their width, from the settings of the tower alone.
+
+    Args:
+        local_files_only: of a hub id, look in the cache only.
+
+    Raises:
+        ValueError: clip.path holds no tower that we run.
+    """
     if config.clip.path is None:
-        return (config.clip.image_size_px // config.clip.patch_size_px) ** 2 + 1
-    settings = AutoConfig.from_pretrained(config.clip.path)
-    vision = settings.vision_config if isinstance(settings, CLIPConfig) else settings
-    return int((vision.image_size // vision.patch_size) ** 2 + 1)
+        patches = config.clip.image_size_px // config.clip.patch_size_px
+        return patches**2 + CLASS_TOKENS["clip_vision_model"], config.clip.vision_hidden_size
+    vision = read_tower_config(config.clip.path, local_files_only=local_files_only)
+    return count_features(vision), int(vision.hidden_size)
+
+
+def num_image_tokens(config: Config) -> int:
+    """Tokens of one picture behind the projector."""
+    return count_image_tokens(config.model.projector, tower_shape(config)[0], config.model.projector_sizes)
 
 
 def tokens_dir(config: Config) -> Path:

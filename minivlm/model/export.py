@@ -3,6 +3,7 @@
     config.json generation_config.json model.safetensors processor_config.json preprocessor_config.json
     tokenizer.json tokenizer_config.json chat_template.jinja minivlm.json (whether the head was tied)
 
+Projectors that the stock class has not (model/llava.py) are written into the same files, and only this reads them.
 Weights are written under the hub's names (`vision_tower.vision_model...`), which transformers 5.23 itself does not.
 Only safetensors and JSON are written or read. Called by training at each checkpoint, and by evaluation and serving.
 """
@@ -17,27 +18,30 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionModel,
     GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from minivlm.model.checkpoint import CheckpointError
-from minivlm.model.projector import LinearProjector, MlpProjector
-from minivlm.model.tokenizer import load_tokenizer, token_id
-from minivlm.model.vision import VisionTower, load_clip_vision
+from minivlm.model.image_tokens import CLASS_TOKENS, count_features, count_image_tokens
+from minivlm.model.llava import (
+    attach_projector,
+    is_stock,
+    llava_config,
+    load_llava,
+    read_llava_config,
+    read_projector,
+    write_own_settings,
+)
+from minivlm.model.projector import describe_projector
+from minivlm.model.tokenizer import load_tokenizer
+from minivlm.model.vision import VisionTower, load_vision_model, vision_classes
 from minivlm.model.vlm import MiniVLM
-from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.storage import write_json
 
 OWN_FILE = "minivlm.json"
-CLASS_TOKEN = 1
 ONE_FILE = "1000GB"
 HUB_VISION_PREFIX = "vision_tower.vision_model."
 
@@ -62,22 +66,19 @@ def save_export(
     """Write the export of `vlm` (whole weights on the CPU) with the tower and the tokenizer that it was trained with.
 
     Args:
-        tower_path, feature_layer: CLIP folder or hub id, and its layer, as `VisionTower.load` reads them.
+        tower_path, feature_layer: tower's folder or hub id, and its layer, as `VisionTower.load` reads them.
         tokenizer_dir: folder or hub id, as `load_tokenizer` reads it.
 
     Raises:
-        ValueError: weights that are not float32, no such tower or tokenizer, or a projector unknown to stock LLaVA.
+        ValueError: weights that are not float32, no such tower or tokenizer, or a tokenizer of another run.
     """
     if any(parameter.dtype != torch.float32 for parameter in vlm.parameters()):
         raise ValueError("an export holds float32 weights: gather the engine's float32 copy into the model first")
-    tower, image_processor = load_clip_vision(tower_path)
+    tower, image_processor = load_vision_model(tower_path)
     tokenizer = load_tokenizer(tokenizer_dir)
-    config = _llava_config(vlm, tower, feature_layer, tokenizer)
-    projector = _stock_projector(vlm.projector, config)
-    with torch.device("meta"):
-        llava = LlavaForConditionalGeneration(config)
+    config = llava_config(vlm, tower.config, feature_layer, tokenizer)
+    llava = attach_projector(config, vlm.projector)
     llava.model.vision_tower = tower
-    llava.model.multi_modal_projector = projector
     llava.model.language_model = vlm.language_model.get_decoder()
     llava.lm_head.weight = nn.Parameter(vlm.language_model.get_output_embeddings().weight.detach().clone())
     llava.generation_config = GenerationConfig(
@@ -86,12 +87,16 @@ def save_export(
     directory.mkdir(parents=True, exist_ok=True)
     llava.save_pretrained(str(directory), max_shard_size=ONE_FILE)
     _use_hub_names(directory)
+    kind, sizes = describe_projector(vlm.projector)
+    if not is_stock(kind):
+        write_own_settings(directory, kind, sizes)
+    patches = count_features(tower.config) - CLASS_TOKENS[tower.config.model_type]
     LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=tower.config.patch_size,
         vision_feature_select_strategy="full",
-        num_additional_image_tokens=CLASS_TOKEN,
+        num_additional_image_tokens=config.image_seq_length - patches,  # its rule: patches and so many more
         chat_template=tokenizer.chat_template,
     ).save_pretrained(str(directory))
     image_processor.save_pretrained(str(directory))
@@ -99,12 +104,12 @@ def save_export(
 
 
 def load_export(directory: Path) -> Export:
-    """Read an export (or any stock LLaVA folder with a CLIP tower, one layer, strategy `full`) in float32.
+    """Read an export (or any stock LLaVA folder with a CLIP or SigLIP tower, one layer, strategy `full`) in float32.
 
     Raises:
         CheckpointError: no export, weights missing or left over, or an architecture that we do not run.
     """
-    llava, num_keys = _load_llava(directory)
+    llava, num_keys = load_llava(directory)
     tokenizer = load_tokenizer(directory)
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(llava.config.text_config, attn_implementation="sdpa")
@@ -113,10 +118,10 @@ def load_export(directory: Path) -> Export:
     own_file = directory / OWN_FILE
     if own_file.exists() and json.loads(own_file.read_text())["tie_word_embeddings"]:
         _tie(language_model, directory)
-    projector = _own_projector(llava, directory)
+    projector = read_projector(llava, directory)
     vlm = MiniVLM(projector, language_model, llava.config.image_token_index).eval()
-    vision = llava.config.vision_config
-    num_image_tokens = (vision.image_size // vision.patch_size) ** 2 + CLASS_TOKEN
+    kind, sizes = describe_projector(projector)
+    num_image_tokens = count_image_tokens(kind, count_features(llava.config.vision_config), sizes)
     return Export(vlm, tokenizer, llava.config.image_token_index, num_image_tokens, num_keys)
 
 
@@ -129,9 +134,10 @@ def load_export_tower(
         CheckpointError: no export, or tower weights missing or left over.
     """
     try:
-        config = LlavaConfig.from_pretrained(str(directory), local_files_only=True)
-        image_processor = CLIPImageProcessorPil.from_pretrained(str(directory), local_files_only=True)
-        model = CLIPVisionModel(config.vision_config)
+        config, _ = read_llava_config(directory)
+        model_class, processor_class = vision_classes(config.vision_config)
+        image_processor = processor_class.from_pretrained(str(directory), local_files_only=True)
+        model = model_class(config.vision_config)
         model.load_state_dict(_vision_weights(directory))
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} holds no complete vision tower: {error}") from error
@@ -145,66 +151,6 @@ def load_export_tower(
     )
 
 
-def _llava_config(
-    vlm: MiniVLM, tower: CLIPVisionModel, feature_layer: int, tokenizer: PreTrainedTokenizerFast
-) -> LlavaConfig:
-    if token_id(tokenizer, IMAGE_PLACEHOLDER) != vlm.image_token_id:
-        raise ValueError(
-            f"the tokenizer's {IMAGE_PLACEHOLDER} is {token_id(tokenizer, IMAGE_PLACEHOLDER)}, but the model was "
-            f"trained with {vlm.image_token_id}: export with the tokenizer of the training run"
-        )
-    language_model = vlm.language_model
-    text = language_model.config.to_dict() | {
-        "architectures": [type(language_model).__name__],
-        "tie_word_embeddings": False,
-        "dtype": "float32",
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    is_linear = isinstance(vlm.projector, LinearProjector)
-    return LlavaConfig(
-        vision_config=tower.config.to_dict(),
-        text_config=text,
-        image_token_index=vlm.image_token_id,
-        image_seq_length=(tower.config.image_size // tower.config.patch_size) ** 2 + CLASS_TOKEN,
-        vision_feature_layer=feature_layer,
-        vision_feature_select_strategy="full",
-        projector_hidden_act="linear" if is_linear else "gelu",
-        multimodal_projector_bias=not is_linear,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
-
-
-def _stock_projector(projector: nn.Module, config: LlavaConfig) -> LlavaMultiModalProjector:
-    """Our projector as LLaVA's two layers; the linear kind gets an identity as its second, which is exact."""
-    stock = LlavaMultiModalProjector(config)
-    weights = dict(projector.state_dict())
-    if isinstance(projector, LinearProjector):
-        weights["linear_2.weight"] = torch.eye(stock.linear_2.out_features)
-    elif not isinstance(projector, MlpProjector):
-        raise ValueError(f"a stock LLaVA folder cannot express the projector {type(projector).__name__}")
-    stock.load_state_dict(weights)
-    return stock
-
-
-def _own_projector(llava: LlavaForConditionalGeneration, directory: Path) -> LinearProjector | MlpProjector:
-    stock, config = llava.model.multi_modal_projector, llava.config
-    sizes = (stock.linear_1.in_features, stock.linear_1.out_features)
-    kind = (config.projector_hidden_act, config.multimodal_projector_bias)
-    projector: LinearProjector | MlpProjector
-    if kind == ("gelu", True):
-        projector = MlpProjector(*sizes)
-        projector.load_state_dict(stock.state_dict())
-    elif kind == ("linear", False) and torch.equal(stock.linear_2.weight, torch.eye(sizes[1])):
-        projector = LinearProjector(*sizes)
-        projector.load_state_dict({"linear_1.weight": stock.linear_1.weight})
-    else:
-        raise CheckpointError(f"{directory}: a projector with (activation, bias) = {kind} is none of ours")
-    return projector
-
-
 def _tie(language_model: PreTrainedModel, directory: Path) -> None:
     """Make head and embedding one parameter again, as they were in training."""
     embedding = language_model.get_input_embeddings().weight
@@ -212,38 +158,6 @@ def _tie(language_model: PreTrainedModel, directory: Path) -> None:
         raise CheckpointError(f"{directory}: {OWN_FILE} says that the head is tied, but it differs from the embedding")
     language_model.get_output_embeddings().weight = embedding
     language_model.config.tie_word_embeddings = True
-
-
-def _load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
-    """The stock model and the number of its weights, after a strict report."""
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory} is no export: it has no config.json")
-    try:
-        llava, report = LlavaForConditionalGeneration.from_pretrained(
-            str(directory),
-            dtype=torch.float32,
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
-    num_keys = len(llava.state_dict())
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
-    if missing or unexpected or mismatched:
-        raise CheckpointError(
-            f"{directory}: {num_keys - len(missing)} weights matched, {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, mismatched {mismatched[:3]}"
-        )
-    config = llava.config
-    layer = config.vision_feature_layer
-    if config.vision_feature_select_strategy != "full" or not isinstance(layer, int) or layer >= 0:
-        raise CheckpointError(f"{directory}: only one negative vision_feature_layer with strategy `full` is supported")
-    if not isinstance(llava.model.vision_tower, CLIPVisionModel):
-        raise CheckpointError(f"{directory}: the vision tower is {config.vision_config.model_type}, not CLIP")
-    return llava, num_keys
 
 
 def _use_hub_names(directory: Path) -> None:

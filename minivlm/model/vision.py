@@ -7,13 +7,19 @@ can change with its shape, and cached features must equal those computed later f
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, TypeAlias
 
 import torch
 from PIL.Image import Image
-from torch import Tensor
-from transformers import CLIPVisionModel
+from torch import Tensor, nn
+from transformers import CLIPVisionModel, PreTrainedConfig, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from minivlm.model.image_tokens import count_features, read_tower_config
+
+VisionModel: TypeAlias = CLIPVisionModel | SiglipVisionModel
+ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PREPROCESS_KEYS = (
@@ -29,15 +35,17 @@ PREPROCESS_KEYS = (
     "image_std",
     "do_convert_rgb",
 )
+OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+"""Weights of a whole CLIP or SigLIP that its vision half has no use for."""
 
 
 class VisionTower:
-    """A stock CLIP vision model with its image processor, in evaluation mode and without gradients."""
+    """A stock CLIP or SigLIP vision model with its image processor, in evaluation mode and without gradients."""
 
     def __init__(
         self,
-        model: CLIPVisionModel,
-        image_processor: CLIPImageProcessorPil,
+        model: VisionModel,
+        image_processor: ImageProcessor,
         *,
         precision: str = "float32",
         feature_layer: int = -1,
@@ -59,29 +67,32 @@ class VisionTower:
         if not -len(layers) - 1 <= feature_layer <= -1:
             raise ValueError(f"clip.feature_layer is {feature_layer}: the tower has layers -{len(layers) + 1} to -1")
         side = model.config.image_size
-        crop = (image_processor.crop_size["height"], image_processor.crop_size["width"])
-        if crop != (side, side):
-            raise ValueError(f"the image processor crops to {crop} px, but the vision tower reads {side} x {side} px")
+        size = dict(image_processor.crop_size if image_processor.do_center_crop else image_processor.size)
+        given = (size.get("height"), size.get("width"))
+        if given != (side, side):
+            raise ValueError(f"the image processor gives {given} px, but the vision tower reads {side} x {side} px")
         self.image_processor = image_processor
         self.batch_size = batch_size
         self.precision = precision
         self.device = torch.device(device)
         self.fingerprint = _fingerprint(model, image_processor, [batch_size, precision, feature_layer])
         model.encoder.layers = layers[: len(layers) + 1 + feature_layer]
+        if isinstance(model, SiglipVisionModel):  # LLaVA reads a layer's own output, before norm and pooling
+            model.post_layernorm, model.use_head = nn.Identity(), False
         self.model = model.to(device=self.device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
         self.hidden_size: int = model.config.hidden_size
-        self.num_image_tokens: int = (side // model.config.patch_size) ** 2 + 1
+        self.num_features = count_features(model.config)
 
     @classmethod
     def load(
         cls, path: str, *, precision: str = "float32", feature_layer: int = -1, batch_size: int, device: str = "cpu"
     ) -> Self:
-        """Read a CLIPModel or CLIPVisionModel folder, or a hub id.
+        """Read a folder or hub id of a CLIP or SigLIP, whole or vision half.
 
         Raises:
             ValueError: no such tower, no preprocessor_config.json beside it, or weights that are not all there.
         """
-        model, processor = load_clip_vision(path)
+        model, processor = load_vision_model(path)
         return cls(
             model, processor, precision=precision, feature_layer=feature_layer, batch_size=batch_size, device=device
         )
@@ -95,13 +106,13 @@ class VisionTower:
         return pixel_values
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] float32 -> image_features [N, P, D_vision] bfloat16 on the CPU, class token first."""
+        """[N, 3, H, W] float32 -> image_features [N, P, D_vision] bfloat16 on the CPU, a class token first."""
         return self.encode_exact(pixel_values).bfloat16()
 
     @torch.no_grad()
     def encode_exact(self, pixel_values: Tensor) -> Tensor:
         """As `encode`, in float32 and not rounded to the stored type: what a stock LLaVA model computes."""
-        features = torch.empty(len(pixel_values), self.num_image_tokens, self.hidden_size)
+        features = torch.empty(len(pixel_values), self.num_features, self.hidden_size)
         for start in range(0, len(pixel_values), self.batch_size):
             chunk = pixel_values[start : start + self.batch_size]
             padded = chunk.new_zeros(self.batch_size, *chunk.shape[1:])
@@ -111,29 +122,44 @@ class VisionTower:
         return features
 
 
-def load_clip_vision(path: str) -> tuple[CLIPVisionModel, CLIPImageProcessorPil]:
-    """The float32 vision half of a CLIP folder or hub id, and its image processor; errors as `VisionTower.load`."""
+def load_vision_model(path: str) -> tuple[VisionModel, ImageProcessor]:
+    """The float32 vision half of a folder or hub id, and its image processor; errors as `VisionTower.load`."""
+    model_class, processor_class = vision_classes(read_tower_config(path))
     try:
-        model, report = CLIPVisionModel.from_pretrained(
+        model, report = model_class.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-        image_processor = CLIPImageProcessorPil.from_pretrained(path)
+        image_processor = processor_class.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"No CLIP vision tower under `{path}` ({str(error).splitlines()[0]}). Type clip.path=FOLDER with "
+            f"No vision tower under `{path}` ({str(error).splitlines()[0]}). Type clip.path=FOLDER with "
             "config.json, model.safetensors and preprocessor_config.json, or leave it out to train one"
         ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if absent:
         raise ValueError(f"The vision tower under `{path}` lacks {len(absent)} weights, for example {absent[0]}")
+    unread = sorted(key for key in report["unexpected_keys"] if not key.startswith(OTHER_HALF))
+    if unread:
+        raise ValueError(
+            f"{len(unread)} weights under `{path}` belong to no layer that its config.json has, for example {unread[0]}"
+        )
     return model, image_processor
 
 
-def _fingerprint(model: CLIPVisionModel, image_processor: CLIPImageProcessorPil, numerics: list[int | str]) -> str:
+def vision_classes(config: PreTrainedConfig) -> tuple[type[VisionModel], type[ImageProcessor]]:
+    """Model and image processor (always PIL's) for the vision settings of a tower that we run."""
+    if config.model_type == "siglip_vision_model":
+        return SiglipVisionModel, SiglipImageProcessorPil
+    return CLIPVisionModel, CLIPImageProcessorPil
+
+
+def _fingerprint(model: VisionModel, image_processor: ImageProcessor, numerics: list[int | str]) -> str:
     """16 hex digits of all that determines a feature."""
     settings = image_processor.to_dict()
     digest = hashlib.sha256(json.dumps(numerics).encode())
-    digest.update(json.dumps({key: settings[key] for key in PREPROCESS_KEYS}, sort_keys=True, default=dict).encode())
+    digest.update(
+        json.dumps({key: settings.get(key) for key in PREPROCESS_KEYS}, sort_keys=True, default=dict).encode()
+    )
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.float().contiguous().cpu().numpy().tobytes())

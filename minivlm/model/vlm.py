@@ -79,7 +79,7 @@ class MiniVLM(nn.Module):
         """Token embeddings with the projected pictures in the places of their placeholders.
 
         Args:
-            input_ids: [B, T]; a picture is P consecutive image tokens.
+            input_ids: [B, T]; a picture is as many consecutive image tokens as the projector makes of its features.
             image_features: [N, P, D_vision], any float type; cast to the projector's. N may be 0.
             image_index: [K] int64, row of image_features for the k-th picture in reading order.
 
@@ -87,17 +87,17 @@ class MiniVLM(nn.Module):
             [B, T, D_text] in the language model's type.
 
         Raises:
-            ValueError: the number of image tokens is not K * P.
+            ValueError: the number of image tokens is not that of K pictures.
         """
         inputs_embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
         weight_type = next(self.projector.parameters()).dtype
         image_embeds = self.projector(image_features.to(weight_type)).index_select(0, image_index)
         is_placeholder = input_ids == self.image_token_id
         num_placeholders, num_pictures = int(is_placeholder.sum()), image_index.numel()
-        if num_placeholders != num_pictures * image_features.shape[1]:
+        if num_placeholders != num_pictures * image_embeds.shape[1]:
             raise ValueError(
-                f"{num_placeholders} image tokens for {num_pictures} pictures of {image_features.shape[1]} tokens: "
-                "every picture needs one `<image>` in the text, and the tokens must be expanded for the same tower"
+                f"{num_placeholders} image tokens for {num_pictures} pictures of {image_embeds.shape[1]} tokens: "
+                "every picture needs one `<image>` in the text, expanded for this tower and projector. Prepare again"
             )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
 

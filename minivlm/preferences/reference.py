@@ -20,6 +20,7 @@ from minivlm.config import Config, ConfigError
 from minivlm.data.chat import encode_chat
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import prepare_features
+from minivlm.data.settings import num_image_tokens
 from minivlm.data.tokens import EncodedSample, TokenTable
 from minivlm.inference.exports import StageExport, stage_export
 from minivlm.inference.jobs import score_table
@@ -54,7 +55,9 @@ def add_reference_logps(config: Config) -> Path:
     pairs = read_pairs(folder / "pairs.parquet")
     cache = prepare_features(config, tower_path(config))
     tokenizer = load_tokenizer(export.export_dir)
-    encoded, kept, dropped = encode_pairs(pairs, tokenizer, cache.shape[0], max_length=config.model.max_length_tokens)
+    encoded, kept, dropped = encode_pairs(
+        pairs, tokenizer, num_image_tokens(config), max_length=config.model.max_length_tokens
+    )
     if dropped:
         _log.warning("%d of %d pairs left out: %s", dropped.total(), len(pairs), dict(dropped))
     if not encoded:

@@ -108,6 +108,7 @@ class Engine:
         self.vlm = export.vlm.to(device).eval()
         self.tower = load_export_tower(export_dir, precision=encode_precision, batch_size=1, device=device)
         self.context_tokens = int(self.vlm.language_model.config.max_position_embeddings)
+        self.num_image_tokens = export.num_image_tokens
         self.tokenizer: PreTrainedTokenizerFast = export.tokenizer
         self._decoder: PreTrainedTokenizerFast = copy.deepcopy(export.tokenizer)  # one per thread: they hold state
         self._max_requests = max_requests
@@ -160,7 +161,7 @@ class Engine:
             except BadImage as error:
                 message = f"picture {number} was refused: {plain(str(error))}"
                 raise ApiError(422, message, param="messages", code="invalid_image") from None
-        input_ids = encode_prompt(self.tokenizer, messages, self.tower.num_image_tokens, num_images=len(images))
+        input_ids = encode_prompt(self.tokenizer, messages, self.num_image_tokens, num_images=len(images))
         if len(input_ids) >= self.context_tokens:
             message = (
                 f"the request has {len(input_ids)} tokens, of {self.context_tokens} in the context with the answer"
@@ -169,7 +170,7 @@ class Engine:
         if images:
             features = self.tower.encode(self.tower.preprocess(images))
         else:
-            shape = (0, self.tower.num_image_tokens, self.tower.hidden_size)
+            shape = (0, self.tower.num_features, self.tower.hidden_size)
             features = torch.zeros(shape, dtype=torch.bfloat16)
         return Prompt(input_ids, features)
 

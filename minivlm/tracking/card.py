@@ -25,6 +25,15 @@ inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tok
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```"""
 
+OWN_LOADING = """\
+Plain transformers cannot load it: LLaVA has no projector of this kind. In a checkout of minivlm:
+
+```python
+from minivlm.model.export import load_export, load_export_tower
+
+export, tower = load_export(FOLDER), load_export_tower(FOLDER, batch_size=1)
+```"""
+
 
 def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     """Figures of one results.json as metrics: `eval/TASK/accuracy`, `.../shuffled`, and the macro means.
@@ -59,13 +68,17 @@ def model_card(config: Config, results: Sequence[Mapping[str, Any]]) -> str:
     held_out = "about the pictures that the sources' splits keep for it"
     if config.uses_miniworld:
         held_out = "about pictures that neither training nor search nor early stopping has seen"
-    front = "---\npipeline_tag: image-text-to-text\nlibrary_name: transformers\ntags: [llava, minivlm]\n---"
+    is_stock = config.model.is_stock_llava
+    library, layout_text = "minivlm", "which this project loads"
+    if is_stock:
+        library, layout_text = "transformers", "in the layout of `LlavaForConditionalGeneration`"
+    front = f"---\npipeline_tag: image-text-to-text\nlibrary_name: {library}\ntags: [llava, minivlm]\n---"
     return f"""{front}
 # {config.tracking.model_name}
 
-A small vision-language model: CLIP tower ({config.clip.path or "trained on the same pairs"}, frozen),
+A small vision-language model: vision tower ({config.clip.path or "trained on the same pairs"}, frozen),
 `{config.model.projector}` projector, {language.path or f"{language.architecture} language model trained from scratch"}.
-It is the model after the `{final["stage"]}` stage, in the layout of `LlavaForConditionalGeneration`.
+It is the model after the `{final["stage"]}` stage, {layout_text}.
 
 ## Data
 Trained on {data}. Rows: `{layout.samples_dir(config).name}`, seed {config.seed}.
@@ -84,7 +97,7 @@ Accuracy in per cent with 95 % interval, clustered by picture. Shuffled: the sam
 {LIMITS}
 
 ## Use
-{LOADING}
+{LOADING if is_stock else OWN_LOADING}
 """
 
 

@@ -26,7 +26,9 @@ class StageJob:
     """None where the stage has no validation rows."""
 
     features_dir: Path
-    num_image_tokens: int
+    num_features: int
+    """Picture features, before the projector."""
+
     vision_size: int
     """Width of the picture features."""
 

@@ -167,7 +167,7 @@ def make_job(config: Config, stage: StageName) -> StageJob:
         train_table=train_table,
         val_table=val_table,
         features_dir=features.directory,
-        num_image_tokens=features.shape[0],
+        num_features=features.shape[0],
         vision_size=features.shape[1],
         tokenizer_path=tokenizer_path,
         tower_path=tower_path,

@@ -41,7 +41,7 @@ from minivlm.train.stages import (
 )
 
 WHITENING_TOKENS = 20_000
-"""Image tokens that a new projector is fitted to."""
+"""Picture features that a new projector is fitted to."""
 
 Rows = Iterator[dict[str, Any]]
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -81,8 +81,15 @@ def initial_model(job: StageJob) -> MiniVLM:
         seed=job.config.seed,
     )
     text_size = language_model.config.get_text_config().hidden_size
-    projector = build_projector(job.config.model.projector, job.vision_size, text_size, seed=job.config.seed)
-    digests = TokenTable.open(job.train_table).digests[: max(1, WHITENING_TOKENS // job.num_image_tokens)]
+    projector = build_projector(
+        job.config.model.projector,
+        job.vision_size,
+        text_size,
+        num_features=job.num_features,
+        sizes=job.config.model.projector_sizes,
+        seed=job.config.seed,
+    )
+    digests = TokenTable.open(job.train_table).digests[: max(1, WHITENING_TOKENS // job.num_features)]
     if digests:
         whiten_input(projector, FeatureCache.open(job.features_dir).get(digests))
     return MiniVLM(projector, language_model, job.image_token_id)

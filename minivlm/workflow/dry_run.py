@@ -10,7 +10,10 @@ from minivlm import layout
 from minivlm.config import STAGE_NAMES, Config
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import count_rows, load_token_counts
+from minivlm.data.settings import tower_shape
+from minivlm.model.image_tokens import count_image_tokens
 from minivlm.model.language import build_language_model
+from minivlm.model.llava import PROJECTOR_NOTE
 from minivlm.model.projector import build_projector
 
 
@@ -21,14 +24,18 @@ def describe(config: Config) -> str:
     return "\n".join(parts)
 
 
-def _image_tokens(config: Config) -> int:
-    return (config.clip.image_size_px // config.clip.patch_size_px) ** 2 + 1
-
-
 def _parameters(config: Config) -> list[str]:
     language = config.model.language_model
-    tower = config.clip.path or "trained here"
-    lines = ["# parameters", f"vision tower     {tower}, {_image_tokens(config)} image tokens, frozen"]
+    (num_features, vision_size), note = _tower_shape(config)
+    kind, sizes = config.model.projector, config.model.projector_sizes
+    num_image_tokens = count_image_tokens(kind, num_features, sizes)
+    lines = [
+        "# parameters",
+        f"vision tower     {config.clip.path or 'trained here'}, {num_features} features per picture, frozen{note}",
+        f"projector        {kind}, {num_image_tokens} image tokens per picture",
+    ]
+    if not config.model.is_stock_llava:
+        lines.append(f"export           not for plain transformers: {PROJECTOR_NOTE}")
     if language.path:
         return [*lines, f"language model   {language.path}: counted when it is loaded"]
     with torch.device("meta"):
@@ -39,11 +46,25 @@ def _parameters(config: Config) -> list[str]:
             vocab_size=config.tokenizer.vocab_size,
             seed=config.seed,
         )
-        projector = build_projector(config.model.projector, config.clip.vision_hidden_size, language.hidden_size)
+        projector = build_projector(
+            kind, vision_size, language.hidden_size, num_features=num_features, sizes=sizes, seed=config.seed
+        )
     counts = [sum(p.numel() for p in part.parameters()) for part in (projector, model)]
-    lines.append(f"projector        {counts[0]:,} ({config.model.projector})")
-    lines.append(f"language model   {counts[1]:,} ({language.architecture}, random)")
+    lines[2] += f", {counts[0]:,} parameters"
+    lines.append(f"language model   {counts[1]:,} parameters ({language.architecture}, random)")
     return [*lines, f"together         {sum(counts) / 1e6:.2f}M without the tower"]
+
+
+def _tower_shape(config: Config) -> tuple[tuple[int, int], str]:
+    """(P, D) of the tower, and where they come from if not from its own settings: a dry run fetches nothing."""
+    try:
+        return tower_shape(config, local_files_only=True), ""
+    except ValueError:
+        if Path(str(config.clip.path)).is_dir():
+            raise
+        stated = config.clip.model_copy(update={"path": None})
+        note = " (as clip.image_size_px, clip.patch_size_px and clip.vision_hidden_size say: it is not on this machine)"
+        return tower_shape(config.model_copy(update={"clip": stated})), note
 
 
 def _rows(config: Config) -> list[str]:

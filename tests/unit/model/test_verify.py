@@ -26,7 +26,7 @@ def test_an_export_means_the_same_to_transformers(folder, pictures):
 def test_another_chat_template_is_found_out(folder, pictures):
     path = folder / "chat_template.jinja"
     path.write_text(path.read_text().replace("assistant", "helper"))
-    with pytest.raises(CheckpointError, match="reads question 1 as other tokens"):
+    with pytest.raises(CheckpointError, match="reads a question as other tokens"):
         verify_export(folder, [(pictures[0], QUESTION)])
 
 
