@@ -16,6 +16,7 @@ from minivlm.model.vlm import MiniVLM
 
 IMAGE_SIDE, PATCH_SIDE, WIDTH, CONTEXT = 32, 16, 32, 256
 NUM_IMAGE_TOKENS = (IMAGE_SIDE // PATCH_SIDE) ** 2 + 1
+PROJECTOR_SIZES = {"pixel_shuffle_factor": 2, "resampler_queries": 3, "resampler_layers": 1, "resampler_heads": 2}
 CORPUS = ["a red circle and a blue square", "How many shapes are there?", "红色的圆在左边", "yes no one two three"]
 SIZES = {
     "hidden_size": WIDTH,
@@ -30,7 +31,7 @@ SIZES = {
 }
 
 
-def build_export(folder: Path) -> Path:
+def build_export(folder: Path, projector: str = "mlp2x_gelu") -> Path:
     """Write everything below `folder`; returns the export's directory."""
     tokenizer = train_tokenizer(CORPUS, 320, folder / "tokenizer")
     clip = build_clip(
@@ -60,7 +61,8 @@ def build_export(folder: Path) -> Path:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.3, generator=generator)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    vlm = MiniVLM(build_projector("mlp2x_gelu", WIDTH, WIDTH), language_model, image_token_id)
+    built = build_projector(projector, WIDTH, WIDTH, num_features=NUM_IMAGE_TOKENS, sizes=PROJECTOR_SIZES)
+    vlm = MiniVLM(built, language_model, image_token_id)
     save_export(folder / "export", vlm, tower_path=str(folder / "clip"), tokenizer_dir=folder / "tokenizer")
     return folder / "export"
 

@@ -140,6 +140,7 @@ def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
         llava, report = (LlavaForConditionalGeneration if is_plain else OwnLlava).from_pretrained(
             str(directory),
             config=config,
+            key_mapping=None if is_plain else {"^language_model.lm_head": "lm_head"},
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
@@ -190,7 +191,10 @@ def read_projector(llava: LlavaForConditionalGeneration, directory: Path) -> Pro
 
 
 class OwnLlava(LlavaForConditionalGeneration):
-    """LLaVA with the projector that `OWN_FIELD` of its configuration describes."""
+    """LLaVA with the projector that `OWN_FIELD` of its configuration describes.
+
+    transformers keeps its table of hub names from classes of others, so loading names the head itself.
+    """
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)

@@ -166,14 +166,15 @@ def whiten_input(projector: Projector, image_features: Tensor) -> None:
     layer, width = projector.linear_1, image_features.shape[-1]
     is_merged = isinstance(projector, PixelShuffleProjector)
     seen = pixel_shuffle(image_features, projector.factor) if is_merged else image_features
-    flat = seen.reshape(-1, width).double()
+    flat = seen.reshape(-1, layer.in_features).double()
     mean = flat.mean(dim=0) if layer.bias is not None else torch.zeros_like(flat[0])
     centred = flat - mean
-    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    patches = centred.reshape(-1, width)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     scales = (variances.clamp(min=0) + WHITENING_FLOOR * variances.mean().clamp(min=1e-6)).rsqrt()
     weight = layer.weight.double().reshape(-1, width) @ (directions * scales) @ directions.T
     weight = weight.reshape(layer.weight.shape)
-    weight /= (centred.reshape(-1, layer.in_features) @ weight.T).std().clamp(min=1e-6)
+    weight /= (centred @ weight.T).std().clamp(min=1e-6)
     layer.weight.copy_(weight)
     if layer.bias is not None:
-        layer.bias.sub_((weight @ mean.repeat(layer.in_features // width)).to(layer.bias.dtype))
+        layer.bias.sub_((weight @ mean).to(layer.bias.dtype))

@@ -99,7 +99,7 @@ def _draw_samples(root: Path) -> list[Sample]:
 def _encode(config: Config, samples: list[Sample]) -> FeatureCache:
     """What the encoder actors do, without starting them."""
     tower = VisionTower.load(str(config.clip.path), precision="float32", batch_size=config.clip.encode_batch_size)
-    cache = FeatureCache(features_root(config), tower.fingerprint, (tower.num_image_tokens, tower.hidden_size))
+    cache = FeatureCache(features_root(config), tower.fingerprint, (tower.num_features, tower.hidden_size))
     paths = {sample.image_sha256[0]: sample.images[0] for sample in samples}
     cache.append(list(paths), tower.encode(tower.preprocess([Image.open(path) for path in paths.values()])))
     return cache

@@ -37,6 +37,9 @@ def test_override_replaces_one_value(empty):
         ("seed=[1", "not YAML"),
         ("data.val_fraction=0.97", "leave no training rows"),
         ("clip.patch_size_px=15", "multiple of clip.patch_size_px"),
+        ("model.projector=qformer", "pixel_shuffle' or 'resampler'"),
+        ("model={projector: pixel_shuffle, pixel_shuffle_factor: 4}", "does not fit into 3 x 3 patches: type model."),
+        ("model={projector: resampler, resampler_heads: 5}", "type model.resampler_heads=4"),
     ],
 )
 def test_wrong_override_says_what_to_type(empty, override, message):
@@ -71,6 +74,9 @@ def test_every_preset_loads(path):
         ("train.mpo.beta=0.2", {"mpo"}),
         ("train.sft.epochs=7", {"sft", "mpo"}),
         ("model.projector=linear", {"pretrain", "sft", "mpo"}),
+        ("model.pixel_shuffle_factor=3", {"pretrain", "sft", "mpo"}),
+        ("model.resampler_queries=9", {"pretrain", "sft", "mpo"}),
+        ("clip.path=google/siglip-base-patch16-224", {"pretrain", "sft", "mpo"}),
         ("seed=5", {"pretrain", "sft", "mpo"}),
         ("serve.port=9000", set()),
         ("train.threads_per_worker=2", set()),

@@ -90,12 +90,21 @@ def test_reference_log_probabilities_follow_their_segments(tmp_path):
     assert batch["reference_logps"].tolist() == [-3.0, -4.0, -1.0, -2.0]
 
 
-def test_a_table_of_another_tower_is_refused(tmp_path):
-    table = TokenTable.write(
-        tmp_path / "t", [EncodedSample("a", np.array([1, 7, 7]), np.array([-100] * 3), (SHAS[0],))]
-    )
-    with pytest.raises(ValueError, match="sample a has 2 placeholder tokens for 1 picture"):
-        collate(table, ((0,),), features, image_token_id=IMAGE, pad_token_id=PAD)
+@pytest.mark.parametrize(("placeholders", "pictures"), [(2, 1), (3, 2), (3, 0)])
+def test_pictures_of_another_number_of_tokens_are_refused(tmp_path, placeholders, pictures):
+    ids = np.array([1] + [IMAGE] * placeholders)
+    odd = EncodedSample("a", ids, np.full(len(ids), -100), tuple(SHAS[:pictures]))
+    table = TokenTable.write(tmp_path / "t", [make_sample(0, [0], 1), odd])
+    with pytest.raises(ValueError, match=f"sample a has {placeholders} placeholder tokens for {pictures} picture"):
+        collate(table, ((0, 1),), features, image_token_id=IMAGE, pad_token_id=PAD)
+
+
+def test_a_picture_may_have_fewer_tokens_than_features(tmp_path):
+    ids = np.array([1, IMAGE, IMAGE, 9])  # P = 3 features, 2 tokens
+    table = TokenTable.write(tmp_path / "t", [EncodedSample("a", ids, np.array([-100, -100, -100, 9]), (SHAS[1],))])
+    batch = collate(table, ((0,),), features, image_token_id=IMAGE, pad_token_id=PAD)
+    assert batch["image_features"].shape == (1, P, D)
+    assert batch["image_index"].tolist() == [0]
 
 
 def test_bytes_round_trip_keeps_types_and_bits(tmp_path):

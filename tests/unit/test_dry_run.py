@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from transformers import SiglipVisionConfig
+
 from minivlm.config import load_config
 from minivlm.workflow.dry_run import describe
 
@@ -16,6 +18,26 @@ def test_gpu_settings_print_their_placement_without_the_data():
 
 def test_demo_prints_its_parameters_and_rows(tmp_path):
     text = describe(load_config(CONFIGS / "tiny.yaml", [f"storage_path={tmp_path}"]))
-    assert "10 image tokens" in text
+    assert "trained here, 10 features per picture, frozen" in text
+    assert "mlp2x_gelu, 10 image tokens per picture, 41,216 parameters" in text
+    assert "for plain transformers" not in text
     assert "sft              36,325 rows" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_tokens_and_an_export_of_our_own_are_announced():
+    text = describe(load_config(CONFIGS / "tiny.yaml", ["model.projector=pixel_shuffle"]))
+    assert "pixel_shuffle, 4 image tokens per picture" in text
+    assert "not for plain transformers" in text
+
+
+def test_the_size_of_a_tower_comes_from_its_own_settings(tmp_path):
+    SiglipVisionConfig(image_size=384, patch_size=14, hidden_size=1152).save_pretrained(tmp_path)
+    text = describe(load_config(CONFIGS / "tiny.yaml", [f"clip.path={tmp_path}", "model.projector=linear"]))
+    assert "729 features per picture, frozen\n" in text
+    assert f"729 image tokens per picture, {1152 * 128:,} parameters" in text
+
+
+def test_a_tower_that_is_not_here_is_taken_as_described():
+    text = describe(load_config(CONFIGS / "gpu.yaml", ["clip.path=nobody/no-such-tower"]))
+    assert "nobody/no-such-tower, 50 features per picture, frozen (as clip.image_size_px" in text

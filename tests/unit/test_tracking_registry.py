@@ -181,3 +181,11 @@ def test_the_card_shows_every_stage_with_interval_and_shuffled_score():
     assert "| task | questions | sft | shuffled | mpo | shuffled |" in card
     assert "| colour | 100 | 60.0 [55.0, 65.0] | 25.0 | 90.0 [85.0, 95.0] | 25.0 |" in card
     assert "LlavaForConditionalGeneration.from_pretrained" in card
+
+
+def test_the_card_says_which_library_loads_the_model():
+    stock, own = (model_card(Config(model={"projector": kind}), [RESULTS]) for kind in ("linear", "resampler"))
+    assert "LlavaForConditionalGeneration.from_pretrained(FOLDER)" in stock
+    assert "LlavaForConditionalGeneration" not in own
+    assert "Plain transformers cannot load it" in own
+    assert "load_export(FOLDER)" in own

@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import SiglipConfig, SiglipModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from minivlm.data.tokenizer import train_tokenizer
 from minivlm.model.clip import build_clip, save_clip
@@ -19,6 +21,12 @@ from minivlm.model.vlm import MiniVLM
 IMAGE_TOKEN = 3
 NUM_IMAGE_TOKENS = 5
 VISION_SIZE = 32
+PROJECTOR_SIZES = {
+    "pixel_shuffle_factor": 2,
+    "resampler_queries": 3,
+    "resampler_layers": 2,
+    "resampler_heads": 4,
+}
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -55,7 +63,10 @@ def make_vlm() -> Callable[..., MiniVLM]:
             vocab_size=vocab_size,
             seed=0,
         )
-        vlm = MiniVLM(build_projector(projector, VISION_SIZE, SIZES["hidden_size"]), language_model, IMAGE_TOKEN)
+        built = build_projector(
+            projector, VISION_SIZE, SIZES["hidden_size"], num_features=NUM_IMAGE_TOKENS, sizes=PROJECTOR_SIZES
+        )
+        vlm = MiniVLM(built, language_model, IMAGE_TOKEN)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in vlm.language_model.parameters():
@@ -71,12 +82,14 @@ Segment = tuple[list[int], list[int], Tensor]
 
 @pytest.fixture
 def make_segment() -> Callable[..., Segment]:
-    """make_segment(seed, num_prompt, num_answer, num_pictures) -> ids, labels, features [n, P, D_vision]."""
+    """make_segment(seed, num_prompt, num_answer, num_pictures, tokens) -> ids, labels, features [n, P, D_vision]."""
 
-    def make(seed: int, num_prompt: int = 4, num_answer: int = 3, num_pictures: int = 1) -> Segment:
+    def make(
+        seed: int, num_prompt: int = 4, num_answer: int = 3, num_pictures: int = 1, tokens: int = NUM_IMAGE_TOKENS
+    ) -> Segment:
         generator = torch.Generator().manual_seed(seed)
         text = torch.randint(4, 320, (num_prompt + num_answer,), generator=generator).tolist()
-        ids = text[:1] + [IMAGE_TOKEN] * (NUM_IMAGE_TOKENS * num_pictures) + text[1:]
+        ids = text[:1] + [IMAGE_TOKEN] * (tokens * num_pictures) + text[1:]
         labels = [-100] * (len(ids) - num_answer) + ids[len(ids) - num_answer :] if num_answer else [-100] * len(ids)
         features = torch.randn(num_pictures, NUM_IMAGE_TOKENS, VISION_SIZE, generator=generator)
         return ids, labels, features.bfloat16()
@@ -134,6 +147,27 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     folder = tmp_path_factory.mktemp("clip")
     save_clip(model, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random whole SigLIP: 32 px, patches of 16 px, no class token, so 4 features of width 32."""
+    sizes = {"hidden_size": VISION_SIZE, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SiglipModel(
+            SiglipConfig(
+                vision_config={**sizes, "image_size": 32, "patch_size": 16},
+                text_config={**sizes, "vocab_size": 64, "max_position_embeddings": 8},
+            )
+        )
+        for name, parameter in model.named_parameters():  # norms that do something
+            if "layernorm" in name or "layer_norm" in name:
+                parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
+    folder = tmp_path_factory.mktemp("siglip")
+    model.save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return str(folder)
 
 

@@ -22,7 +22,7 @@ def test_features_are_the_last_hidden_states_with_the_class_token(tower, clip_fo
     with torch.no_grad():
         hidden_states = clip.vision_model(pixel_values, output_hidden_states=True).hidden_states
     assert torch.equal(tower.encode(pixel_values), hidden_states[-1].bfloat16())
-    assert (tower.num_image_tokens, tower.hidden_size) == (5, 32)
+    assert (tower.num_features, tower.hidden_size) == (5, 32)
 
 
 @pytest.mark.parametrize("layer", [-2, -3])
