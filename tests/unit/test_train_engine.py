@@ -42,11 +42,12 @@ def one_rank() -> Iterator[None]:
     patch.undo()
 
 
-def tiny_vlm() -> MiniVLM:
+def tiny_vlm(projector: str = "mlp2x_gelu") -> MiniVLM:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
     sizes |= {"head_dim": 16, "intermediate_size": 32, "rope_theta": 1e4, "tie_word_embeddings": True}
     language = build_language_model(path=None, architecture="llama", sizes=sizes, vocab_size=64, seed=0)
-    return MiniVLM(build_projector("mlp2x_gelu", 8, 16), language, IMAGE_TOKEN)
+    reducing = {"resampler_queries": 4, "resampler_layers": 1, "resampler_heads": 2}
+    return MiniVLM(build_projector(projector, 8, 16, num_features=4, sizes=reducing), language, IMAGE_TOKEN)
 
 
 def micro_batch(generator: torch.Generator, num_images: int, num_rows: int = 1, length: int = 16) -> Batch:
@@ -243,3 +244,15 @@ def test_only_matrices_decay():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     assert {parameter.ndim for parameter in spared["params"]} == {1}
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_resamplers_queries_train_as_in_plain_torch(zero_stage):
+    """They belong to no layer of their own, and a step without pictures must still reach them on every rank."""
+    plain, engine = tiny_vlm("resampler"), make_engine(zero_stage, model=tiny_vlm("resampler"))
+    before = plain.projector.queries.detach().clone()
+    expected, _ = run_plain(plain)
+    losses, _ = run_engine(engine, range(STEPS))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not torch.equal(plain.projector.queries, before)
+    assert_close(engine.gather_state_dict()["projector.queries"], plain.projector.queries.detach(), atol=1e-5, rtol=0)
