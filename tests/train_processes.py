@@ -56,7 +56,7 @@ def make_toy(folder: Path) -> StageJob:
         train_table=folder / "train",
         val_table=folder / "val",
         features_dir=cache.directory,
-        num_image_tokens=NUM_IMAGE_TOKENS,
+        num_features=NUM_IMAGE_TOKENS,
         vision_size=WIDTH,
         tokenizer_path=str(folder / "tokenizer"),
         tower_path=str(folder / "clip"),

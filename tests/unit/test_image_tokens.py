@@ -1,6 +1,7 @@
 """Fewer tokens than features, all the way: table, batch, loss, decoding, export, serving and its token counts."""
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -8,18 +9,24 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from minivlm.config import Config
 from minivlm.data.chat import encode_chat, encode_prompt
 from minivlm.data.collate import collate, pack_batch, unpack_batch
+from minivlm.data.features import FeatureCache
 from minivlm.data.images import ImageLimits, open_image
 from minivlm.data.tokens import EncodedSample, TokenTable
 from minivlm.model.export import load_export, load_export_tower
 from minivlm.model.generate import Prompt, generate
+from minivlm.model.image_tokens import PROJECTOR_SIZES as SIZES_OF_KIND
+from minivlm.model.projector import describe_projector, pixel_shuffle
 from minivlm.model.vlm import sequence_logps
 from minivlm.schema import Message
 from minivlm.serve.api import build_api
 from minivlm.serve.chat import Served
 from minivlm.serve.engine import Engine
-from tests.tiny_export import NUM_IMAGE_TOKENS, build_export, data_url, png
+from minivlm.train.loop import initial_model
+from tests.tiny_export import NUM_IMAGE_TOKENS, PROJECTOR_SIZES, build_export, data_url, png
+from tests.train_processes import make_toy
 
 LIMITS = ImageLimits(max_bytes=1_000_000, max_pixels=25_000_000, max_side=8192, max_aspect=20.0)
 TOKENS = {"mlp2x_gelu": NUM_IMAGE_TOKENS, "pixel_shuffle": 1, "resampler": 3}
@@ -110,6 +117,18 @@ def test_a_table_made_for_another_projector_is_refused(export, table, features):
     batch["input_ids"][0, 0] = export.image_token_id
     with pytest.raises(ValueError, match=f"for 1 pictures of {export.num_image_tokens} tokens.*Prepare again"):
         export.vlm(batch)
+
+
+def test_a_stage_starts_from_a_projector_of_its_settings_fitted_to_its_pictures(kind, tmp_path):
+    toy = make_toy(tmp_path)
+    language = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = {"projector": kind, "language_model": language, **PROJECTOR_SIZES}
+    config = Config.model_validate({"model": model, "clip": {"image_size_px": 32, "patch_size_px": 16}})
+    projector = initial_model(replace(toy, initial_export=None, config=config)).projector
+    assert describe_projector(projector) == (kind, {name: PROJECTOR_SIZES[name] for name in SIZES_OF_KIND[kind]})
+    seen = FeatureCache.open(toy.features_dir).get(TokenTable.open(toy.train_table).digests).float()
+    seen = pixel_shuffle(seen, 2) if kind == "pixel_shuffle" else seen
+    assert float(projector.linear_1(seen).std()) == pytest.approx(1, abs=0.05)
 
 
 def test_the_server_counts_and_answers_as_evaluation_does(kind, folder, export, features):
