@@ -1,6 +1,7 @@
 """Where everything lies under storage_path. Pure: a path's name carries the hash of all that determines its content.
 
     datasets/miniworld-H      drawn pictures and LLaVA JSON        samples-H    validated rows, quarantine
+    datasets/samples-H/STAGE-H  drawn/: which of them the stage trains on; its token tables
     pictures/                 those that lay inside of rows
     tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
     runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
@@ -25,6 +26,16 @@ def miniworld_dir(config: Config) -> Path:
 def samples_dir(config: Config) -> Path:
     """Validated rows of every stage and split."""
     return config.root / "datasets" / f"samples-{content_hash(_data_key(config))}"
+
+
+def stage_rows_dir(config: Config, stage: str) -> Path:
+    """What becomes of the validated rows of a stage: the draw, and beside it its token tables."""
+    return samples_dir(config) / f"{stage}-{content_hash(_draw_key(config, stage))}"
+
+
+def draw_dir(config: Config, stage: str) -> Path:
+    """Which training rows the stage draws: copies.npy, mixture.json."""
+    return stage_rows_dir(config, stage) / "drawn"
 
 
 def pictures_dir(config: Config) -> Path:
@@ -98,14 +109,30 @@ def _location_key(location: str) -> list[Any]:
     return [str(path), [[str(file), status.st_size, status.st_mtime_ns] for file, status in found]]
 
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the same settings draw other scenes, validate otherwise or train another tokenizer."""
+
+
+_DRAWING = {"weight", "max_rows", "repeat", "min_rating", "min_clip_score"}
+"""Settings of a source that choose among its validated rows."""
 
 
 def _data_key(config: Config) -> list[Any]:
     data = config.data
-    files = [_location_key(s.path) for group in (data.pretrain, data.sft, data.prompts, data.mpo) for s in group]
-    return [FORMAT, config.seed, _values(data), _values(config.miniworld) if config.uses_miniworld else None, files]
+    groups = (data.pretrain, data.sft, data.prompts, data.mpo)
+    files = [_location_key(source.path) for group in groups for source in group]
+    given = [[source.model_dump(mode="json", exclude=_DRAWING) for source in group] for group in groups]
+    kept = [[sorted(source.min_rating) for source in group] for group in groups]
+    rest = data.model_dump(mode="json", exclude={"pretrain", "sft", "prompts", "mpo", "mixture"})
+    world = _values(config.miniworld) if config.uses_miniworld else None
+    return [FORMAT, config.seed, given, kept, rest, data.mixture.finds_by, world, files]
+
+
+def _draw_key(config: Config, stage: str) -> list[Any]:
+    sources = getattr(config.data, stage)
+    given = [source.model_dump(mode="json", include=_DRAWING) for source in sources]
+    is_scored = any(source.min_clip_score is not None for source in sources)
+    return [given, _values(getattr(config.data.mixture, stage)), _tower_key(config) if is_scored else None]
 
 
 _ENCODING = ("feature_layer", "encode_batch_size", "encode_precision")
@@ -118,17 +145,21 @@ def _clip_key(config: Config) -> list[Any]:
     return [_data_key(config), values, _values(config.tokenizer), config.train.precision]
 
 
+def _tower_key(config: Config) -> list[Any]:
+    return [_clip_key(config), [getattr(config.clip, name) for name in _ENCODING]]
+
+
 def _run_key(config: Config, stage: StageName) -> list[Any]:
     train = config.train
     numerics = [config.seed, train.precision, train.pack_length_tokens]  # a run may go on with other workers
-    own = [stage, numerics, _values(getattr(train, stage))]
+    own = [stage, numerics, _values(getattr(train, stage)), _draw_key(config, stage)]
     if stage == "pretrain":
-        encoder = [getattr(config.clip, name) for name in _ENCODING]
-        return [own, _clip_key(config), encoder, _values(config.model)]
+        return [own, *_tower_key(config), _values(config.model)]
     if stage == "sft":
         return [own, _run_key(config, "pretrain")]
     return [own, _pairs_key(config)]
 
 
 def _pairs_key(config: Config) -> list[Any]:
-    return [_run_key(config, "sft"), _values(config.preferences)]
+    draws = [_draw_key(config, stage) for stage in ("prompts", "mpo")]
+    return [_run_key(config, "sft"), _values(config.preferences), draws]

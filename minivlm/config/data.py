@@ -28,6 +28,69 @@ class SourceConfig(Frozen):
     task: str = "caption"
     """Task name of rows that carry none."""
 
+    weight: PositiveFloat | None = None
+    """Share of the draws, relative to the other weighted sources of the stage; the scarcest of them is used whole, so
+    give a small one `repeat` to have more of all. Default: all rows, whatever the weights of others."""
+
+    max_rows: PositiveInt | None = None
+    """Most different training rows used, chosen by the stage's seed."""
+
+    repeat: float = Field(1.0, gt=0, le=100)
+    """How often each training row is used: 2.5 is every row twice and half of them once more, 0.25 a quarter of them.
+    Times the `repeat_time` of MMPR's meta.json."""
+
+    min_rating: dict[str, float] = Field({})
+    """Least rating by column, as FineVision's {relevance_ratings: 4}. A column holds a number, or one for each answer:
+    answers below it are left out, and rows without any other. What has no rating stays."""
+
+    min_clip_score: float | None = Field(None, ge=-1, le=1)
+    """Least cosine of a training row's pictures and its answers in the space of the CLIP model (`clip.path`, or the one
+    trained here). Rows without pictures stay."""
+
+
+class StageMixture(Frozen):
+    """Which validated training rows a stage draws from its sources. Val and test rows are never dropped or repeated."""
+
+    seed: int = 0
+    """Of every choice below, and of `max_rows`, `repeat` and `weight` of the sources."""
+
+    duplicates: Literal["keep", "drop_equal", "drop_near"] = "keep"
+    """`drop_equal`: of rows with the same pictures (by digest) and the same text only the first is used, and none that
+    asks a val or test row's question about its pictures. `drop_near`: nearly the same text counts too."""
+
+    near_similarity: float = Field(0.8, ge=0.5, lt=1)
+    """Of `drop_near`: share of common pieces of five characters (Jaccard, estimated to about 0.04) from which on texts
+    count as the same. Questions from templates differ in one word: they want 0.95."""
+
+    across_pictures: bool = False
+    """Whether `drop_near` also compares rows about different pictures."""
+
+    max_rows_per_picture: PositiveInt | None = None
+    """Most rows about the same pictures (by digest); the first are used. 1 keeps one row of each picture."""
+
+    max_draws_per_task: PositiveInt | None = None
+    """Draws of one task, repeats counted, above which it is thinned."""
+
+    task_exponent: float = Field(0.0, ge=0, lt=1)
+    """How a task grows above max_draws_per_task=K: n draws become K (n/K)^task_exponent. 0: a hard limit."""
+
+
+class MixtureConfig(Frozen):
+    """What each stage draws."""
+
+    pretrain: StageMixture = StageMixture()
+    sft: StageMixture = StageMixture()
+    prompts: StageMixture = StageMixture()
+    mpo: StageMixture = StageMixture()
+
+    @property
+    def finds_by(self) -> tuple[bool, bool]:
+        """Whether any stage compares keys of rows, and signatures of texts: they are made where rows are validated."""
+        stages = (self.pretrain, self.sft, self.prompts, self.mpo)
+        near = any(stage.duplicates == "drop_near" for stage in stages)
+        keys = any(stage.duplicates != "keep" or stage.max_rows_per_picture is not None for stage in stages)
+        return keys, near
+
 
 class DataConfig(Frozen):
     """What is trained on. With no source at all, the embedded miniworld is drawn."""
@@ -43,6 +106,9 @@ class DataConfig(Frozen):
 
     mpo: tuple[SourceConfig, ...] = ()
     """Ready MMPR pairs. Default: the cluster builds pairs from the SFT model's own answers."""
+
+    mixture: MixtureConfig = MixtureConfig()
+    """Duplicates and balance of each stage; weights, caps and thresholds of one source stand with the source."""
 
     val_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of pictures that a source with `split: auto` gives to validation."""

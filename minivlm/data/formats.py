@@ -83,6 +83,11 @@ def normalize(row: Mapping[str, Any]) -> Row:
     return shared | CONVERTERS[name](row)
 
 
+def rated_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Where a row has its ratings: the row itself, in a WebDataset its .json member."""
+    return _inner(row) if "__key__" in row else row
+
+
 def pictures(value: Any) -> list[str | bytes]:
     """File names and encoded pictures from what a row holds: a name, bytes, a data URI, {bytes, path}, or a list.
 
@@ -156,15 +161,7 @@ def _webdataset(row: Mapping[str, Any]) -> Row:
     found = {name: place for name in row if (place := WEBDATASET_PICTURE.fullmatch(name))}
     images = [row[name] for name in sorted(found, key=lambda name: int(found[name][1] or -1))]
     named: Row = {"id": row["__key__"], "images": images}
-    inner: Any = {}
-    if "json" in row:
-        text = _member(row, "json")
-        try:
-            inner = json.loads(text)
-        except (ValueError, RecursionError):
-            raise RowError("its .json member is not JSON") from None
-        if not isinstance(inner, dict):
-            raise RowError("its .json member is not an object")
+    inner = _inner(row)
     if any(inner.get(key) is not None for key in ("conversations", "messages", "texts", "rejected")):
         return normalize({key: value for key, value in inner.items() if key != "__key__"} | named)
     caption = inner.get("caption")
@@ -177,6 +174,20 @@ def _webdataset(row: Mapping[str, Any]) -> Row:
     named |= {key: inner[key] for key in SHARED_KEYS if key in inner and key != "id"}
     question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + CAPTION_PROMPT
     return named | {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]}
+
+
+def _inner(row: Mapping[str, Any]) -> Row:
+    """The object in the .json member, empty without one."""
+    if row.get("json") is None:
+        return {}
+    text = _member(row, "json")
+    try:
+        inner = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowError("its .json member is not JSON") from None
+    if not isinstance(inner, dict):
+        raise RowError("its .json member is not an object")
+    return inner
 
 
 def _member(row: Mapping[str, Any], name: str) -> str:

@@ -7,6 +7,7 @@ in the driver; rows and pictures are worked on in Ray Data tasks and actors.
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,24 @@ from minivlm import layout
 from minivlm.config import Config
 from minivlm.data.batches import open_table
 from minivlm.data.chat import encode_chat
+from minivlm.data.draw import REPORT_FILE, draw_stage, drawn_samples
 from minivlm.data.encode import Encoders, Tower, encode_images
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.lengths import encode_rows
 from minivlm.data.miniworld.write import build_miniworld, expected_rows
+from minivlm.data.mixture_table import mixture_lines
 from minivlm.data.readers import list_parts, read_rows
-from minivlm.data.samples import SampleWriter, iter_rows, load_pictures
-from minivlm.data.settings import image_limits, num_image_tokens, rules, sources, tokens_dir
+from minivlm.data.samples import LoadedSample, SampleWriter, iter_rows, load_pictures
+from minivlm.data.settings import (
+    image_limits,
+    num_image_tokens,
+    rules,
+    source_rules,
+    sources,
+    stage_rule,
+    tokens_dir,
+)
 from minivlm.data.stream import chain_tasks
 from minivlm.data.tokenizer import load_tokenizer, train_tokenizer
 from minivlm.data.tokens import TokenTable
@@ -98,17 +109,54 @@ def prepare_features(config: Config, tower_path: str) -> FeatureCache:
     return cache
 
 
-def build_tokens(config: Config, stage: str, split: str) -> Path:
-    """Token table of one stage and split. Rows longer than model.max_length_tokens go to STAGE-SPLIT.quarantine.jsonl.
+def draw_rows(config: Config, stage: str) -> Path:
+    """Decide which training rows a stage uses, and how often.
+
+    Returns:
+        Folder with copies.npy and mixture.json.
 
     Raises:
-        DataError: more rows are too long than data.max_bad_fraction allows.
+        DataError: settings leave no row of a source or of the stage.
     """
-    folder = tokens_dir(config) / f"{stage}-{split}"
+    folder = layout.draw_dir(config, stage)
+    if not (folder / REPORT_FILE).exists():
+        samples = prepare_samples(config)
+        draw_stage(samples, folder, stage, source_rules(config, stage), stage_rule(config, stage), None)
+    return folder
+
+
+def iter_training_rows(config: Config, stage: str, *, once: bool = False) -> Iterator[LoadedSample]:
+    """What `draw_rows` drew, in file order. `once`: each row one time, repeats left out."""
+    return drawn_samples(prepare_samples(config), draw_rows(config, stage), source_rules(config, stage), once=once)
+
+
+def mixture_tables(config: Config) -> list[str]:
+    """What each stage drew, as lines for people; only draws that were made."""
+    files = [layout.draw_dir(config, stage) / REPORT_FILE for stage in drawn_stages(config)]
+    return [line for file in files if file.exists() for line in ["", *mixture_lines(json.loads(file.read_text()))]]
+
+
+def drawn_stages(config: Config) -> list[str]:
+    """Stages that have rows of their own."""
+    return [stage for stage in ("pretrain", "sft", "prompts", "mpo") if source_rules(config, stage)]
+
+
+def build_tokens(config: Config, stage: str, split: str) -> Path:
+    """Token table of one stage and split. Rows longer than model.max_length_tokens go to SPLIT.quarantine.jsonl.
+
+    Raises:
+        DataError: more rows are too long than data.max_bad_fraction allows, or as `draw_rows`.
+    """
+    folder = tokens_dir(config, stage) / split
     if not (folder / "meta.json").exists():
         tokenizer = load_tokenizer(prepare_tokenizer(config))
+        rows = (
+            iter_training_rows(config, stage)
+            if split == "train"
+            else iter_rows(prepare_samples(config), stage=stage, split=split)
+        )
         encoded = encode_rows(
-            iter_rows(prepare_samples(config), stage=stage, split=split),
+            rows,
             partial(encode_chat, tokenizer, num_image_tokens=num_image_tokens(config)),
             max_length=config.model.max_length_tokens,
             max_bad_fraction=config.data.max_bad_fraction,
@@ -119,11 +167,14 @@ def build_tokens(config: Config, stage: str, split: str) -> Path:
 
 
 def count_rows(config: Config) -> dict[str, int]:
-    """Training rows per stage without a cluster: validated ones, else what the files hold, else what will be drawn."""
+    """Training rows per stage without a cluster: drawn ones, else validated ones, else what the files or the drawing
+    of the miniworld will hold."""
     summary = layout.samples_dir(config) / "summary.json"
     if summary.exists():
         counts = json.loads(summary.read_text())["counts"]
-        return {key.removesuffix("/train"): count for key, count in counts.items() if key.endswith("/train")}
+        rows = {key.removesuffix("/train"): count for key, count in counts.items() if key.endswith("/train")}
+        reports = {stage: layout.draw_dir(config, stage) / REPORT_FILE for stage in rows}
+        return rows | {stage: json.loads(path.read_text())["draws"] for stage, path in reports.items() if path.exists()}
     if config.uses_miniworld:
         world = config.miniworld
         return expected_rows(
@@ -133,23 +184,24 @@ def count_rows(config: Config) -> dict[str, int]:
             world.prompt_scenes,
             world.questions_per_scene,
         )
-    rows: Counter[str] = Counter()
+    listed: Counter[str] = Counter()
     for source in sources(config):
-        rows[source.stage] += sum(1 for _ in read_rows(Path(source.path)))
-    return dict(rows)
+        listed[source.stage] += sum(1 for _ in read_rows(Path(source.path)))
+    return dict(listed)
 
 
 def load_token_counts(config: Config) -> dict[str, int]:
     """Training tokens per stage, where the tables exist; needs no cluster."""
     if config.clip.path and not Path(config.clip.path).is_dir():
         return {}
-    paths = {stage: tokens_dir(config) / f"{stage}-train" for stage in ("pretrain", "sft")}
+    paths = {stage: tokens_dir(config, stage) / "train" for stage in ("pretrain", "sft")}
     return {stage: int(open_table(str(path)).lengths.sum()) for stage, path in paths.items() if path.is_dir()}
 
 
 def _validate(given: list[Source], kept_to: Rules, folder: Path) -> tuple[dict[str, Any], BadRow | None]:
     parts = [(part, source, kept_to) for source in given for part in list_parts(Path(source.path))]
     counts: Counter[str] = Counter()
+    by_source: dict[str, Counter[str]] = {}
     total, bad, first_bad = 0, 0, None
     with SampleWriter(folder) as writer, Progress(len(parts), "validate files") as progress:
         checks = chain_tasks(parts, read_chunks, CPUS_PER_READ_TASK, check_chunks, 1.0) if parts else None
@@ -161,11 +213,15 @@ def _validate(given: list[Source], kept_to: Rules, folder: Path) -> tuple[dict[s
             writer.add(checked["samples"], checked["pairs"], bad_rows)
             counts.update(f"{sample['stage']}/{sample['split']}" for sample in checked["samples"])
             counts["mpo/train"] += len(checked["pairs"])
+            held_out = sum(sample["split"] != "train" for sample in checked["samples"])
+            found = Counter(rows=checked["rows"], bad=len(bad_rows), held_out=held_out)
+            by_source.setdefault(checked["source"], Counter()).update(found)
             total += checked["rows"]
             bad += len(bad_rows)
             first_bad = first_bad or next(iter(bad_rows), None)
             progress.update(int(checked["is_last"]), rows=total)
-    return {"rows": total, "bad": bad, "counts": {key: counts[key] for key in sorted(counts) if counts[key]}}, first_bad
+    found_rows = {key: counts[key] for key in sorted(counts) if counts[key]}
+    return {"rows": total, "bad": bad, "counts": found_rows, "sources": by_source}, first_bad
 
 
 def _check_summary(config: Config, summary: dict[str, Any], first_bad: BadRow | None, quarantine: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from minivlm.data.errors import DataError
+from minivlm.data.ratings import Ratings
 from minivlm.schema import BadRow, Message, PreferencePair, Sample
 
 _TEXTS = pa.list_(pa.string())
@@ -30,8 +32,35 @@ PAIR_SCHEMA = pa.schema(
 
 
 PAIR_COLUMNS = [name for name in PAIR_SCHEMA.names if name not in ("file", "row")]
+_DRAW_COLUMNS = pa.schema(
+    [("source", pa.int32()), ("repeat", pa.float64())]
+    + [(name, pa.int64()) for name in ("picture_key", "question_key", "whole_key")]
+    + [("signature", pa.string()), ("ratings", pa.list_(pa.list_(pa.float64())))]
+)
+_STORED_SAMPLES = pa.unify_schemas([SAMPLE_SCHEMA, _DRAW_COLUMNS])
+_STORED_PAIRS = pa.unify_schemas([PAIR_SCHEMA, pa.schema([("task", pa.string())]), _DRAW_COLUMNS])
 BATCH_ROWS = 1000
 LoadedSample = tuple[Sample, str, int]
+
+
+@dataclass(frozen=True)
+class DrawColumns:
+    """What `minivlm.data.draw` needs to know of a row; the keys are None where no setting asks for them.
+
+    `source` is the place among the sources of the stage, `repeat` the file's own, `ratings` has one list per column of
+    the source's `min_rating`.
+    """
+
+    source: int = 0
+    repeat: float = 1.0
+    picture_key: int | None = None
+    question_key: int | None = None
+    whole_key: int | None = None
+    signature: str | None = None
+    ratings: Ratings | None = None
+
+
+UNDRAWN = DrawColumns()
 
 
 class SampleWriter:
@@ -42,8 +71,8 @@ class SampleWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._samples = pq.ParquetWriter(folder / "samples.parquet", SAMPLE_SCHEMA)
-        self._pairs = pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA)
+        self._samples = pq.ParquetWriter(folder / "samples.parquet", _STORED_SAMPLES)
+        self._pairs = pq.ParquetWriter(folder / "pairs.parquet", _STORED_PAIRS)
         self._quarantine = (folder / "quarantine.jsonl").open("w", encoding="utf-8")
 
     def __enter__(self) -> "SampleWriter":
@@ -57,9 +86,9 @@ class SampleWriter:
     ) -> None:
         """Append rows: dicts of the schemas' columns."""
         if samples:
-            self._samples.write_table(pa.Table.from_pylist(list(samples), SAMPLE_SCHEMA))
+            self._samples.write_table(pa.Table.from_pylist(list(samples), _STORED_SAMPLES))
         if pairs:
-            self._pairs.write_table(pa.Table.from_pylist(list(pairs), PAIR_SCHEMA))
+            self._pairs.write_table(pa.Table.from_pylist(list(pairs), _STORED_PAIRS))
         for row in bad:
             self._quarantine.write(json.dumps(vars(row), ensure_ascii=False) + "\n")
 
@@ -69,15 +98,17 @@ class SampleWriter:
         self._quarantine.close()
 
 
-def sample_columns(sample: Sample, file: str, row: int) -> dict[str, Any]:
+def sample_columns(sample: Sample, file: str, row: int, drawing: DrawColumns = UNDRAWN) -> dict[str, Any]:
     """One row of samples.parquet."""
     turns = [vars(message) for message in sample.messages]
-    return {**vars(sample), "messages": turns, "file": file, "row": row}
+    return {**vars(sample), "messages": turns, "file": file, "row": row, **vars(drawing)}
 
 
-def pair_columns(pair: PreferencePair, file: str, row: int) -> dict[str, Any]:
+def pair_columns(
+    pair: PreferencePair, file: str, row: int, task: str, drawing: DrawColumns = UNDRAWN
+) -> dict[str, Any]:
     """One row of pairs.parquet."""
-    return {**vars(pair), "file": file, "row": row}
+    return {**vars(pair), "file": file, "row": row, "task": task, **vars(drawing)}
 
 
 def load_samples(
@@ -96,24 +127,37 @@ def iter_rows(
 ) -> Iterator[LoadedSample]:
     """As `load_samples`, one after another, with the file and row that each came from."""
     wanted = {"stage": stage, "split": split, "task": task}
-    for batch in _batches(folder / "samples.parquet"):
+    for batch in read_batches(folder / "samples.parquet", SAMPLE_SCHEMA.names):
         mask = np.ones(len(batch), bool)
         for key, value in wanted.items():
             if value is not None:
                 mask &= pc.equal(batch[key], value).to_numpy(zero_copy_only=False)
-        yield from (_to_sample(row) for row in batch.filter(pa.array(mask)).to_pylist())
+        yield from (to_loaded(row) for row in batch.filter(pa.array(mask)).to_pylist())
 
 
-def load_pairs(folder: Path) -> list[PreferencePair]:
-    """Pairs that the user brought (`data.mpo`), in file order.
+def iter_drawn(folder: Path, copies: np.ndarray) -> Iterator[tuple[LoadedSample, DrawColumns]]:
+    """As `iter_rows`, each row as often as `copies` says (one number for each row of samples.parquet), one after
+    another, with its source and ratings."""
+    first = 0
+    for batch in read_batches(folder / "samples.parquet", [*SAMPLE_SCHEMA.names, "source", "ratings"]):
+        places = np.repeat(np.arange(len(batch)), copies[first : first + len(batch)])
+        for row in batch.take(pa.array(places)).to_pylist():
+            drawing = DrawColumns(source=row.pop("source"), ratings=row.pop("ratings"))
+            yield to_loaded(row), drawing
+        first += len(batch)
+
+
+def load_pairs(folder: Path, copies: np.ndarray | None = None) -> list[PreferencePair]:
+    """Pairs that the user brought (`data.mpo`), in file order, each as often as `copies` says (default: once).
 
     Raises:
         DataError: nothing was prepared there.
     """
-    rows = (row for batch in _batches(folder / "pairs.parquet", PAIR_COLUMNS) for row in batch.to_pylist())
+    rows = (row for batch in read_batches(folder / "pairs.parquet", PAIR_COLUMNS) for row in batch.to_pylist())
     return [
         PreferencePair(**{**row, "images": tuple(row["images"]), "image_sha256": tuple(row["image_sha256"])})
-        for row in rows
+        for place, row in enumerate(rows)
+        for _ in range(1 if copies is None else int(copies[place]))
     ]
 
 
@@ -121,14 +165,15 @@ def load_pictures(folder: Path) -> dict[str, str]:
     """Path of every distinct picture, by digest."""
     pictures: dict[str, str] = {}
     for name in ("samples.parquet", "pairs.parquet"):
-        for batch in _batches(folder / name, ["image_sha256", "images"]):
+        for batch in read_batches(folder / name, ["image_sha256", "images"]):
             digests, paths = (batch[key].flatten().to_pylist() for key in ("image_sha256", "images"))
             for digest, path in zip(digests, paths, strict=True):
                 pictures.setdefault(digest, path)
     return pictures
 
 
-def _to_sample(row: dict[str, Any]) -> LoadedSample:
+def to_loaded(row: dict[str, Any]) -> LoadedSample:
+    """A row of samples.parquet without its columns for drawing."""
     file, number = row.pop("file"), row.pop("row")
     row["images"] = tuple(row["images"])
     row["image_sha256"] = tuple(row["image_sha256"])
@@ -136,7 +181,12 @@ def _to_sample(row: dict[str, Any]) -> LoadedSample:
     return Sample(**row), file, number
 
 
-def _batches(path: Path, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+def read_batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Some columns of a table of validated rows, in parts.
+
+    Raises:
+        DataError: nothing was prepared there.
+    """
     if not path.is_file():
         raise DataError(f"No prepared rows under {path.parent}. Run: python -m jobs.prepare")
     with pq.ParquetFile(path) as file:

@@ -7,6 +7,7 @@ from minivlm.config import Config
 from minivlm.data.catalog import find_files
 from minivlm.data.images import ImageLimits
 from minivlm.data.miniworld.write import FILES as MINIWORLD
+from minivlm.data.mixture import SourceRule, StageRule
 from minivlm.data.validate import Rules, Source
 from minivlm.model.image_tokens import CLASS_TOKENS, count_features, count_image_tokens, read_tower_config
 from minivlm.storage import content_hash
@@ -23,9 +24,9 @@ def sources(config: Config) -> list[Source]:
         return [Source(str(folder / f"{stage}.json"), str(folder), stage, "auto", "caption") for stage in MINIWORLD]
     found = []
     for stage in ("pretrain", "sft", "prompts", "mpo"):
-        for given in getattr(config.data, stage):
+        for place, given in enumerate(getattr(config.data, stage)):
             for file in find_files(given.path, given.image_root, given.subset):
-                own = (tuple(file.columns.items()), file.repeat)
+                own = (tuple(file.columns.items()), file.repeat, place, tuple(sorted(given.min_rating)))
                 found.append(Source(str(file.path), str(file.image_root), stage, given.split, given.task, *own))
     return found
 
@@ -33,7 +34,33 @@ def sources(config: Config) -> list[Source]:
 def rules(config: Config) -> Rules:
     """What rows must keep to."""
     data = config.data
-    return Rules(image_limits(config), data.val_fraction, data.test_fraction, str(layout.pictures_dir(config)))
+    folder = str(layout.pictures_dir(config))
+    return Rules(image_limits(config), data.val_fraction, data.test_fraction, folder, *data.mixture.finds_by)
+
+
+def source_rules(config: Config, stage: str) -> list[SourceRule]:
+    """How rows are drawn from each source of a stage."""
+    if config.uses_miniworld:
+        if stage not in MINIWORLD:
+            return []
+        return [SourceRule(name="miniworld", path=str(layout.miniworld_dir(config) / f"{stage}.json"))]
+    return [
+        SourceRule(
+            name=f"data.{stage}.{place}",
+            path=given.path,
+            weight=given.weight,
+            max_rows=given.max_rows,
+            repeat=given.repeat,
+            min_rating=tuple(sorted(given.min_rating.items())),
+            min_clip_score=given.min_clip_score,
+        )
+        for place, given in enumerate(getattr(config.data, stage))
+    ]
+
+
+def stage_rule(config: Config, stage: str) -> StageRule:
+    """How a stage balances what its sources give, and which duplicates it drops."""
+    return StageRule(**getattr(config.data.mixture, stage).model_dump())
 
 
 def image_limits(config: Config) -> ImageLimits:
@@ -63,7 +90,7 @@ def num_image_tokens(config: Config) -> int:
     return count_image_tokens(config.model.projector, tower_shape(config)[0], config.model.projector_sizes)
 
 
-def tokens_dir(config: Config) -> Path:
-    """Parent of the token tables; its name hashes what they depend on besides the rows."""
+def tokens_dir(config: Config, stage: str) -> Path:
+    """Parent of a stage's token tables; its name hashes what they depend on besides the drawn rows."""
     key = [layout.tokenizer_path(config), num_image_tokens(config), config.model.max_length_tokens]
-    return layout.samples_dir(config) / f"tokens-{content_hash(key)}"
+    return layout.stage_rows_dir(config, stage) / f"tokens-{content_hash(key)}"

@@ -72,7 +72,7 @@ def to_sample(row: Row, *, stage: str, split: str, task: str, default_id: str) -
     if "conversations" not in row:
         raise RowError("a preference row: list its file under data.mpo")
     messages = _messages(row["conversations"])
-    answer = _text(row, "answer")
+    answer = text_field(row, "answer")
     if stage == "prompts":
         if not answer:
             raise RowError("a prompt needs the true `answer`")
@@ -86,13 +86,13 @@ def to_sample(row: Row, *, stage: str, split: str, task: str, default_id: str) -
     if chosen_split not in (*SPLITS, "auto"):
         raise RowError(f"`split` is {str(chosen_split)[:40]!r}, not one of {', '.join(SPLITS)}")
     return Sample(
-        sample_id=_text(row, "id") or default_id,
+        sample_id=text_field(row, "id") or default_id,
         images=(),
         image_sha256=(),
         messages=messages,
         stage=stage,
         split=chosen_split,
-        task=_text(row, "task") or task,
+        task=text_field(row, "task") or task,
         language=_language(row, messages),
         answer=answer,
     )
@@ -110,7 +110,7 @@ def to_pair(row: Row, *, default_id: str) -> PreferencePair:
         raise RowError(f"`split` is {str(row['split'])[:40]!r}: pairs are for training, so this one is left out")
     texts = {}
     for key in ("question", "chosen", "rejected"):
-        texts[key] = _text(row, key) or ""
+        texts[key] = text_field(row, key) or ""
         if not texts[key].strip():
             raise RowError(f"`{key}` is empty" if key == "question" else f"an empty answer (`{key}`)")
     if texts["chosen"].strip() == texts["rejected"].strip():
@@ -121,13 +121,13 @@ def to_pair(row: Row, *, default_id: str) -> PreferencePair:
     question = pictures_first(question)
     _check_placeholders(question, len(row["images"]))
     return PreferencePair(
-        pair_id=_text(row, "id") or default_id,
+        pair_id=text_field(row, "id") or default_id,
         images=(),
         image_sha256=(),
         question=question,
         chosen=texts["chosen"],
         rejected=texts["rejected"],
-        answer=_text(row, "answer_gt"),
+        answer=text_field(row, "answer_gt"),
     )
 
 
@@ -164,11 +164,16 @@ def _text_end(text: str, end: int) -> int:
 
 def _language(row: Mapping[str, Any], messages: tuple[Message, ...]) -> str:
     """The row's own `language`; without one, `zh` where a Chinese character occurs."""
-    named = _text(row, "language")
+    named = text_field(row, "language")
     return named or ("zh" if any(CHINESE.search(message.content) for message in messages) else "en")
 
 
-def _text(row: Mapping[str, Any], key: str) -> str | None:
+def text_field(row: Mapping[str, Any], key: str) -> str | None:
+    """A field that is text or a number, as text; None where there is none.
+
+    Raises:
+        RowError: it is something else.
+    """
     value = row.get(key)
     if value is None:
         return None

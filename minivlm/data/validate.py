@@ -15,11 +15,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from minivlm.data.batches import payload_block
+from minivlm.data.duplicates import row_key, text_signature
 from minivlm.data.errors import DataError, RowError
+from minivlm.data.formats import rated_columns
 from minivlm.data.images import BadImage, ImageLimits, open_image, read_image, resolve_image
+from minivlm.data.ratings import Ratings, read_ratings
 from minivlm.data.readers import read_part
-from minivlm.data.samples import pair_columns, sample_columns
-from minivlm.data.sources import parse_row, to_pair, to_sample
+from minivlm.data.samples import DrawColumns, pair_columns, sample_columns
+from minivlm.data.sources import decode_row, parse_row, text_field, to_pair, to_sample
 from minivlm.schema import BadRow, PreferencePair, Sample
 from minivlm.storage import write_bytes
 
@@ -30,7 +33,8 @@ Row = TypeVar("Row", Sample, PreferencePair)
 class Source:
     """One annotation file and how its rows are read. `stage` is pretrain, sft, prompts or mpo.
 
-    `columns` renames keys of its rows; `repeat` says how often each training row is used, below 1 for which share.
+    `columns` renames keys of its rows, `repeat` is a catalogue's repeat_time, `place` counts the sources of the stage,
+    and `rating_columns` are kept for `min_rating`.
     """
 
     path: str
@@ -40,16 +44,23 @@ class Source:
     task: str
     columns: tuple[tuple[str, str], ...] = ()
     repeat: float = 1.0
+    place: int = 0
+    rating_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a row must keep to, how rows without a split get one, and where pictures go that lie inside of rows."""
+    """What a row must keep to, how rows without a split get one, and where pictures go that lie inside of rows.
+
+    `with_keys` and `with_signatures` ask for what duplicates are found by.
+    """
 
     limits: ImageLimits
     val_fraction: float
     test_fraction: float
     pictures_dir: str
+    with_keys: bool = False
+    with_signatures: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,21 +81,56 @@ def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Che
             row = parse_row(raw, dict(source.columns))
             if source.stage == "mpo":
                 pair = _with_pictures(to_pair(row, default_id=default_id), row["images"], source, rules)
-                checked.pairs.extend([pair_columns(pair, source.path, number)] * _copies(source, number))
+                drawing = _pair_drawing(pair, raw, source, rules)
+                task = text_field(row, "task") or source.task
+                checked.pairs.append(pair_columns(pair, source.path, number, task, drawing))
             else:
                 sample = to_sample(row, stage=source.stage, split=source.split, task=source.task, default_id=default_id)
                 sample = _with_split(_with_pictures(sample, row["images"], source, rules), rules)
-                copies = _copies(source, number) if sample.split == "train" else 1
-                checked.samples.extend([sample_columns(sample, source.path, number)] * copies)
+                drawing = _sample_drawing(sample, raw, source, rules)
+                checked.samples.append(sample_columns(sample, source.path, number, drawing))
         except (RowError, BadImage) as error:
             checked.bad.append(BadRow(source.path, number, str(error)))
     return checked
 
 
-def _copies(source: Source, number: int) -> int:
-    """How often a training row is used: `repeat` times, its fraction by a digest of the row's place."""
-    whole, fraction = divmod(source.repeat, 1)
-    return int(whole) + (_place(sha256(f"{source.path}:{number}".encode()).hexdigest()) < fraction)
+def _sample_drawing(sample: Sample, raw: Any, source: Source, rules: Rules) -> DrawColumns:
+    questions = [message.content for message in sample.messages if message.role == "user"]
+    answers = [message.content for message in sample.messages if message.role == "assistant"]
+    ratings = _ratings(raw, source, len(answers))
+    return _drawing(sample.image_sha256, questions, answers, ratings, source, rules)
+
+
+def _pair_drawing(pair: PreferencePair, raw: Any, source: Source, rules: Rules) -> DrawColumns:
+    answers = [pair.chosen, pair.rejected]
+    return _drawing(pair.image_sha256, [pair.question], answers, _ratings(raw, source, 1), source, rules)
+
+
+def _ratings(raw: Any, source: Source, num_answers: int) -> Ratings | None:
+    if not source.rating_columns:
+        return None
+    return read_ratings(rated_columns(decode_row(raw)), source.rating_columns, num_answers)
+
+
+def _drawing(
+    pictures: tuple[str, ...],
+    questions: list[str],
+    answers: list[str],
+    ratings: Ratings | None,
+    source: Source,
+    rules: Rules,
+) -> DrawColumns:
+    drawing = DrawColumns(source=source.place, repeat=source.repeat, ratings=ratings)
+    if rules.with_keys:
+        drawing = replace(
+            drawing,
+            picture_key=row_key(pictures, ()) if pictures else 0,
+            question_key=row_key(pictures, questions),
+            whole_key=row_key(pictures, questions + answers),
+        )
+    if rules.with_signatures:
+        drawing = replace(drawing, signature=text_signature(questions + answers))
+    return drawing
 
 
 def _place(digest: str) -> float:
@@ -128,7 +174,8 @@ def check_chunks(block: pa.Table) -> Iterator[pa.Table]:
             continue
         checked = check_rows(rows, source, rules)
         bad = [vars(row) for row in checked.bad]
-        found = {"samples": checked.samples, "pairs": checked.pairs, "bad": bad, "rows": len(rows), "is_last": is_last}
+        found = {"samples": checked.samples, "pairs": checked.pairs, "bad": bad, "rows": len(rows), "is_last": is_last,
+                 "source": f"{source.stage}/{source.place}"}  # fmt: skip
         yield pa.table({"checked": [json.dumps(found)]})
 
 

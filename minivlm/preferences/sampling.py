@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.config import Config, ConfigError
+from minivlm.data.draw import drawn_pairs
 from minivlm.data.errors import DataError
-from minivlm.data.pipeline import prepare_features
-from minivlm.data.samples import load_pairs, load_samples
+from minivlm.data.pipeline import draw_rows, iter_training_rows, prepare_features
 from minivlm.inference.actors import Decoding
 from minivlm.inference.exports import StageExport, stage_export
 from minivlm.inference.jobs import Request, answer_blocks, make_blocks
@@ -60,7 +60,7 @@ def build_pairs(config: Config) -> Path:
     if (folder / "summary.json").exists():
         return folder
     if config.data.mpo:
-        pairs = load_pairs(samples_dir(config))
+        pairs = drawn_pairs(samples_dir(config), draw_rows(config, "mpo"))
         write_pairs(folder / "pairs.parquet", pairs)
         write_json(folder / "summary.json", {"source": "data.mpo", "num_pairs": len(pairs), **_lengths(pairs)})
         return folder
@@ -92,11 +92,11 @@ def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
     Raises:
         DataError: none is left.
     """
-    folder = samples_dir(config)
-    samples = load_samples(folder, stage="prompts", split="train") or load_samples(folder, stage="sft", split="train")
+    stages = ("prompts", "sft")
+    samples = next((rows for stage in stages if (rows := [*iter_training_rows(config, stage, once=True)])), [])
     skipped: Counter[str] = Counter()
     prompts: dict[tuple[Any, ...], Prompt] = {}
-    for sample in sorted(samples, key=lambda s: _stable(f"{config.seed}/{s.sample_id}")):
+    for sample in sorted((row[0] for row in samples), key=lambda s: _stable(f"{config.seed}/{s.sample_id}")):
         turns = [message for message in sample.messages if message.role == "user"]
         if sample.answer is None:
             skipped["no_known_answer"] += 1
@@ -111,8 +111,8 @@ def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
             prompts[sample.image_sha256, turns[0]] = Prompt(sample, sample.answer, reasoned)
     if not prompts:
         raise DataError(
-            f"None of the {len(samples)} training questions in {folder} can be verified ({dict(skipped)}). "
-            "Give rows an `answer`, list a source under data.prompts, or bring pairs under data.mpo"
+            f"None of the {len(samples)} training questions in {samples_dir(config)} can be verified "
+            f"({dict(skipped)}). Give rows an `answer`, list a source under data.prompts, or bring pairs under data.mpo"
         )
     return sorted(prompts.values(), key=lambda prompt: prompt.sample.sample_id), skipped
 

@@ -9,7 +9,7 @@ import yaml
 from minivlm import layout
 from minivlm.config import STAGE_NAMES, Config
 from minivlm.data.errors import DataError
-from minivlm.data.pipeline import count_rows, load_token_counts
+from minivlm.data.pipeline import count_rows, load_token_counts, mixture_tables
 from minivlm.data.settings import tower_shape
 from minivlm.model.image_tokens import count_image_tokens
 from minivlm.model.language import build_language_model
@@ -78,7 +78,7 @@ def _rows(config: Config) -> list[str]:
         known = measured.get(stage)
         tokens = f"{known:,} tokens" if known else "tokens counted after `python -m jobs.prepare`"
         lines.append(f"{stage:<16} {rows:,} rows, {tokens}")
-    return lines
+    return [*lines, *mixture_tables(config)]
 
 
 def _placement(config: Config) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from minivlm import layout
 from minivlm.config import STAGE_NAMES, Config, StageName
 from minivlm.data.features import FeatureCache
-from minivlm.data.pipeline import prepare_features, prepare_samples, prepare_tokenizer
+from minivlm.data.pipeline import draw_rows, drawn_stages, prepare_features, prepare_samples, prepare_tokenizer
 from minivlm.evaluation.report import write_report
 from minivlm.evaluation.results import read_results
 from minivlm.evaluation.runner import evaluate_all
@@ -46,8 +46,11 @@ def prepare_tower(config: Config) -> str:
 
 
 def prepare(config: Config) -> FeatureCache:
-    """All that training reads; returns the filled feature cache."""
-    return prepare_features(config, prepare_tower(config))
+    """All that training reads but its tokens; returns the filled feature cache."""
+    tower = prepare_tower(config)
+    for stage in drawn_stages(config):
+        draw_rows(config, stage)
+    return prepare_features(config, tower)
 
 
 def sweep(config: Config, parent: Run | None = None) -> SearchResult:

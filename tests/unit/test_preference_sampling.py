@@ -19,6 +19,7 @@ from minivlm.preferences.files import read_pairs, write_mmpr
 from minivlm.preferences.reference import encode_pairs
 from minivlm.preferences.sampling import build_pairs, make_pairs, select_prompts
 from minivlm.schema import Message, PreferencePair, Sample
+from minivlm.storage import write_json
 
 ASK = '<image>\nHow many?\nUse the format "Final answer: .."'
 
@@ -37,7 +38,8 @@ def save(config: Config, samples: Sequence[Sample] = (), pairs: Sequence[Prefere
     samples_dir(config).mkdir(parents=True)
     with SampleWriter(samples_dir(config)) as writer:
         writer.add(samples=[sample_columns(s, "f", i) for i, s in enumerate(samples)])
-        writer.add(pairs=[pair_columns(p, "f", i) for i, p in enumerate(pairs)])
+        writer.add(pairs=[pair_columns(p, "f", i, "reasoning") for i, p in enumerate(pairs)])
+    write_json(samples_dir(config) / "summary.json", {"counts": {}, "sources": {}})
 
 
 @pytest.fixture
