@@ -4,6 +4,7 @@
     datasets/samples-H/STAGE-H  drawn/: which of them the stage trains on; its token tables
     pictures/                 those that lay inside of rows
     tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
+    clip_scores/F             how well rows' texts fit their pictures, where asked
     runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
     evaluations/STAGE-H       answers, metrics, report             mlflow/      tracking database and artifacts
 
@@ -66,6 +67,11 @@ def tower_path(config: Config) -> str:
 def features_root(config: Config) -> Path:
     """Parent of the feature caches; each has the tower's fingerprint as its name."""
     return config.root / "features"
+
+
+def scores_root(config: Config) -> Path:
+    """Parent of the caches of CLIP scores; each has the CLIP's fingerprint as its name."""
+    return config.root / "clip_scores"
 
 
 def run_dir(config: Config, stage: StageName) -> Path:

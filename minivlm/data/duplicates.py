@@ -92,7 +92,7 @@ def near_duplicates(
     buckets = _shared_buckets(signatures, groups, band_width(similarity))
     found = np.zeros(len(signatures), bool)
     kept: dict[int, list[int]] = {}
-    for row in np.flatnonzero((buckets >= 0).any(axis=1)):
+    for row in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
         mine = buckets[row][buckets[row] >= 0].tolist()
         others = list(dict.fromkeys(other for bucket in mine for other in kept.get(bucket, ())))
         if others and not always_kept[row]:

@@ -152,9 +152,9 @@ def task_limits(draws: np.ndarray, limit: int, exponent: float) -> np.ndarray:
 def weighted_limits(draws: np.ndarray, weights: Sequence[float | None]) -> np.ndarray:
     """Draws of each source, in the ratio of the weights to within half a row; the scarcest keeps all.
 
-    Sources without weight keep all, too.
+    Sources without weight keep all, too; those without draws count as if they were not there.
     """
-    weighted = [place for place, weight in enumerate(weights) if weight is not None]
+    weighted = [place for place, weight in enumerate(weights) if weight is not None and draws[place]]
     limits = draws.astype(np.int64)
     if weighted:
         shares = np.array([weights[place] for place in weighted], np.float64)

@@ -128,6 +128,8 @@ def _check_source(source: SourceRule, entry: Mapping[str, Any], ratings: RatingC
     for column, count in ratings.rated.items():
         if entry["train"] and not count:
             raise DataError(f"{source.name}.min_rating names {column!r}, which no row of {source.path} has. Correct it")
+    if source.weight is not None and not entry["train"]:
+        raise DataError(f"{source.name}.weight: {source.path} has no training row. Type `split: train`, or remove it")
     if entry["train"] and not entry["drawn"]:
         worst = max((*_SETTINGS, *_STAGE_SETTINGS), key=lambda fate: int(entry[fate.name.lower()]))
         if worst in _SETTINGS:

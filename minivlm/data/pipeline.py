@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minivlm import layout
 from minivlm.config import Config
 from minivlm.data.batches import open_table
@@ -25,10 +27,13 @@ from minivlm.data.miniworld.write import build_miniworld, expected_rows
 from minivlm.data.mixture_table import mixture_lines
 from minivlm.data.readers import list_parts, read_rows
 from minivlm.data.samples import LoadedSample, SampleWriter, iter_rows, load_pictures
+from minivlm.data.scorer import Wanted
+from minivlm.data.scores import clip_scores
 from minivlm.data.settings import (
     image_limits,
     num_image_tokens,
     rules,
+    scoring,
     source_rules,
     sources,
     stage_rule,
@@ -121,8 +126,17 @@ def draw_rows(config: Config, stage: str) -> Path:
     folder = layout.draw_dir(config, stage)
     if not (folder / REPORT_FILE).exists():
         samples = prepare_samples(config)
-        draw_stage(samples, folder, stage, source_rules(config, stage), stage_rule(config, stage), None)
+        scores = _clip_scores(config, stage, samples)
+        draw_stage(samples, folder, stage, source_rules(config, stage), stage_rule(config, stage), scores)
     return folder
+
+
+def _clip_scores(config: Config, stage: str, samples: Path) -> np.ndarray | None:
+    """CLIP scores of the rows of sources with a threshold; None where there is none."""
+    rules = source_rules(config, stage)
+    places = tuple(place for place, rule in enumerate(rules) if rule.min_clip_score is not None)
+    file = samples / ("pairs.parquet" if stage == "mpo" else "samples.parquet")
+    return clip_scores(Wanted(file, stage, places), scoring(config, prepare_tokenizer(config))) if places else None
 
 
 def iter_training_rows(config: Config, stage: str, *, once: bool = False) -> Iterator[LoadedSample]:

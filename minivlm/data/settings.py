@@ -8,6 +8,7 @@ from minivlm.data.catalog import find_files
 from minivlm.data.images import ImageLimits
 from minivlm.data.miniworld.write import FILES as MINIWORLD
 from minivlm.data.mixture import SourceRule, StageRule
+from minivlm.data.scorer import Scoring
 from minivlm.data.validate import Rules, Source
 from minivlm.model.image_tokens import CLASS_TOKENS, count_features, count_image_tokens, read_tower_config
 from minivlm.storage import content_hash
@@ -61,6 +62,23 @@ def source_rules(config: Config, stage: str) -> list[SourceRule]:
 def stage_rule(config: Config, stage: str) -> StageRule:
     """How a stage balances what its sources give, and which duplicates it drops."""
     return StageRule(**getattr(config.data.mixture, stage).model_dump())
+
+
+def scoring(config: Config, tokenizer_path: str) -> Scoring:
+    """The CLIP that scores rows; `tokenizer_path` is the one of a CLIP trained here."""
+    clip = config.clip
+    return Scoring(
+        path=layout.tower_path(config),
+        tokenizer_path=tokenizer_path if clip.path is None else None,
+        precision=clip.encode_precision,
+        batch_size=clip.encode_batch_size,
+        num_actors=clip.num_encoders,
+        cpus=clip.cpus_per_encoder,
+        gpus=clip.gpus_per_encoder,
+        threads=config.evaluation.threads_per_actor,
+        store=layout.scores_root(config),
+        limits=image_limits(config),
+    )
 
 
 def image_limits(config: Config) -> ImageLimits:
