@@ -6,10 +6,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
 from PIL import Image, ImageDraw
+from transformers import CLIPModel
 
 from minivlm.config import Config, load_config
 from minivlm.data.collate import collate, unpack_batch
@@ -18,6 +20,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import (
     build_tokens,
     count_rows,
+    draw_rows,
     load_token_counts,
     prepare_features,
     prepare_samples,
@@ -26,9 +29,9 @@ from minivlm.data.pipeline import (
 from minivlm.data.plan import plan_epoch
 from minivlm.data.samples import load_pairs, load_samples
 from minivlm.data.stream import micro_batch_dataset
-from minivlm.data.tokenizer import load_tokenizer
+from minivlm.data.tokenizer import END_OF_TEXT, load_tokenizer
 from minivlm.data.tokens import TokenTable
-from minivlm.layout import samples_dir
+from minivlm.layout import samples_dir, scores_root
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.vision import VisionTower
 from minivlm.schema import IMAGE_PLACEHOLDER
@@ -151,6 +154,25 @@ def test_a_row_that_is_too_long_is_counted_and_not_cut(config, folder):
     tokenizer = load_tokenizer(prepare_tokenizer(config))
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     assert table[0].input_ids.tolist().count(image_id) == 5
+
+
+def test_rows_are_scored_by_actors_drawn_and_tokenized(config, folder, tmp_path):
+    tokenizer = load_tokenizer(prepare_tokenizer(config))
+    tokenizer.bos_token = END_OF_TEXT
+    save_clip(CLIPModel.from_pretrained(config.clip.path), tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    [source] = config.data.sft
+    scored = source.model_copy(update={"min_clip_score": -1.0, "repeat": 2.0})
+    data = config.data.model_copy(update={"sft": (scored,)})
+    clip = config.clip.model_copy(update={"path": str(tmp_path / "clip")})
+    changed = config.model_copy(update={"data": data, "clip": clip})
+    [report] = json.loads((draw_rows(changed, "sft") / "mixture.json").read_text())["sources"]
+    assert (report["rows"], report["bad"], report["drawn"], report["draws"]) == (30, 8, NUM_GOOD, 2 * NUM_GOOD)
+    assert -1 < report["scores"]["1%"] < report["scores"]["50%"] < report["scores"]["99%"] < 1
+    [stored] = scores_root(config).rglob("*.npy")
+    assert len(np.load(stored)) == NUM_GOOD
+    assert len(TokenTable.open(build_tokens(changed, "sft", "train"))) == 2 * (NUM_GOOD - 1)
+    assert samples_dir(changed) == folder
 
 
 def test_each_distinct_picture_is_encoded_once_across_runs(config, folder):
