@@ -90,19 +90,21 @@ def near_duplicates(
     """
     needed = SIGNATURE_BYTES * (similarity + (1 - similarity) / 256)
     buckets = _shared_buckets(signatures, groups, band_width(similarity))
+    room = np.minimum(np.bincount(buckets[buckets >= 0]), MAX_COMPARED)
+    first = np.cumsum(room) - room
+    kept, num_kept = np.empty(room.sum(), np.int32), np.zeros(len(room), np.int32)
     found = np.zeros(len(signatures), bool)
-    kept: dict[int, list[int]] = {}
     for row in np.flatnonzero((buckets >= 0).any(axis=1)).tolist():
-        mine = buckets[row][buckets[row] >= 0].tolist()
-        others = list(dict.fromkeys(other for bucket in mine for other in kept.get(bucket, ())))
-        if others and not always_kept[row]:
-            agreement = (signatures[others] == signatures[row]).sum(axis=1)
-            found[row] = agreement.max() >= needed
+        mine = buckets[row][buckets[row] >= 0]
+        counts = num_kept[mine]
+        if counts.any() and not always_kept[row]:
+            ends = np.cumsum(counts)
+            others = np.unique(kept[np.arange(ends[-1]) + np.repeat(first[mine] - ends + counts, counts)])
+            found[row] = (signatures[others] == signatures[row]).sum(axis=1).max() >= needed
         if not found[row]:
-            for bucket in mine:
-                members = kept.setdefault(bucket, [])
-                if len(members) < MAX_COMPARED:
-                    members.append(row)
+            open_ones = mine[counts < room[mine]]
+            kept[first[open_ones] + num_kept[open_ones]] = row
+            num_kept[open_ones] += 1
     return found
 
 
