@@ -3,7 +3,8 @@
     samples-H/STAGE-H/drawn/copies.npy      how often each row of samples.parquet (mpo: pairs.parquet) is drawn, uint16
     samples-H/STAGE-H/drawn/mixture.json  rows, reasons, draws and shares by source and by task
 
-Called by `minivlm.data.pipeline`. Memory: about 60 bytes a row and 250 while it is drawn, 900 where near duplicates are looked for.
+Called by `minivlm.data.pipeline`. Memory: about 60 bytes a row and 250 while it is drawn, 900 where near duplicates are
+looked for.
 """
 
 import json
