@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _context.set_forkserver_preload(["minivlm.train.loop", "minivlm.train.feed", "te
 
 
 def make_toy(folder: Path) -> StageJob:
-    """An sft job of 6 epochs of 3 steps (4, 4 and 2 samples), a checkpoint after every second step."""
+    """An sft job of 3 epochs of 3 steps (4, 4 and 2 samples), checkpoints after steps 4, 8 and 9."""
     export = build_export(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     image_token_id = int(tokenizer.convert_tokens_to_ids("<image>"))
@@ -47,8 +48,10 @@ def make_toy(folder: Path) -> StageJob:
     samples = [_sample(i, digest, image_token_id, generator) for i, digest in enumerate(digests)]
     TokenTable.write(folder / "train", samples[:NUM_SAMPLES])
     TokenTable.write(folder / "val", samples[NUM_SAMPLES:])
-    stage = {"global_batch_size": 4, "epochs": 6, "learning_rate": 3e-3, "num_evals": 2, "clip_norm": 0.5}
-    config = Config.model_validate({"storage_path": str(folder), "train": {"checkpoint_every_steps": 2, "sft": stage}})
+    stage = {"global_batch_size": 4, "epochs": 3, "learning_rate": 3e-3, "num_evals": 2, "clip_norm": 0.5}
+    config = Config.model_validate(
+        {"storage_path": str(folder), "train": {"checkpoint_every_steps": 4, "sft": stage, "mpo": stage}}
+    )
     return StageJob(
         config=config,
         stage="sft",
@@ -79,8 +82,6 @@ def _sample(index: int, digest: str, image_token_id: int, generator: np.random.G
 
 def changed(job: StageJob, run_dir: Path, **settings: Any) -> StageJob:
     """The job in another folder with other settings; those of the stage are given as `stage={...}`."""
-    from dataclasses import replace
-
     tree = job.config.model_dump(mode="json")
     tree["train"][job.stage] |= settings.pop("stage", {})
     tree["train"] |= settings
@@ -90,25 +91,44 @@ def changed(job: StageJob, run_dir: Path, **settings: Any) -> StageJob:
 class Group:
     """The processes of one run of a job."""
 
-    def __init__(self, job: StageJob) -> None:
-        """Start them."""
+    def __init__(self, job: StageJob, *, hold: tuple[int, int] | None = None, resave_to: Path | None = None) -> None:
+        """Start them.
+
+        Args:
+            hold: (rank, step): this rank stops for good before it reads that step, so that a kill finds it there and
+                the others in the middle of the step.
+            resave_to: only load the newest checkpoint's training state, and write it there.
+        """
         os.environ.update(_environment)  # before the first one: the forking process keeps its own
         self.world_size = job.config.train.num_workers
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        attempt = len(list(job.run_dir.glob("attempt-*")))
-        self.folder = job.run_dir / f"attempt-{attempt}"
+        self.folder = job.run_dir / f"attempt-{len(list(job.run_dir.glob('attempt-*')))}"
         self.folder.mkdir()
-        arguments = [(job, rank, self.world_size, self.folder) for rank in range(self.world_size)]
-        self.processes: list[BaseProcess] = [_context.Process(target=_rank, args=item) for item in arguments]
-        for process in self.processes:
-            process.start()
+        self.processes: list[BaseProcess] = []
+        for rank in range(self.world_size):
+            held_step = hold[1] if hold is not None and hold[0] == rank else None
+            arguments = (job, rank, self.folder, held_step, resave_to)
+            self.processes.append(_context.Process(target=_rank, args=arguments))
+            self.processes[-1].start()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Look every millisecond."""
+        deadline = time.monotonic() + GROUP_TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, self.log()
+            assert not any(process.exitcode for process in self.processes), self.log()
+            time.sleep(0.001)
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL; the others are killed too as soon as they fail, as Ray Train does."""
+        """SIGKILL; those that are left are killed when they fail, as Ray Train does."""
         for rank in ranks:
             self.processes[rank].kill()
-            self.processes[rank].join()
         self.join()
+
+    def kill_held(self) -> None:
+        """SIGKILL the rank that holds, once it does."""
+        self.wait_for(lambda: bool(list(self.folder.glob("held-*"))))
+        self.kill(*(int(path.name.removeprefix("held-")) for path in self.folder.glob("held-*")))
 
     def join(self) -> None:
         """Wait for all; one that fails takes the others with it."""
@@ -118,19 +138,25 @@ class Group:
                 for process in self.processes:
                     process.kill()
                     process.join()
-            time.sleep(0.01)
+            time.sleep(0.005)
 
     def outcome(self) -> dict[str, str]:
         """What `train_loop` returned, the same on all ranks."""
         self.join()
+        assert all(process.exitcode == 0 for process in self.processes), self.log()
         found = [json.loads((self.folder / f"outcome-{rank}.json").read_text()) for rank in range(self.world_size)]
         assert all(outcome == found[0] for outcome in found)
         return dict(found[0])
 
     def seen(self) -> list[tuple[int, list[int]]]:
-        """(step, sample) of all that the ranks read, by step: the first supervised token names the sample."""
-        lines = [path.read_text().splitlines() for path in sorted(self.folder.glob("seen-*.jsonl"))]
-        return [(step, samples) for step, samples in (json.loads(line) for rank in lines for line in rank)]
+        """(step, samples) of each micro-batch that a rank read; the first supervised token names the sample."""
+        texts = [path.read_text() for path in sorted(self.folder.glob("seen-*.jsonl"))]
+        lines = [line for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [(step, samples) for step, samples in map(json.loads, lines)]
+
+    def log(self) -> str:
+        """What the ranks printed."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("log-*.txt")))
 
 
 def run_job(job: StageJob) -> dict[str, str]:
@@ -138,31 +164,30 @@ def run_job(job: StageJob) -> dict[str, str]:
     return Group(job).outcome()
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Look every millisecond."""
-    deadline = time.monotonic() + GROUP_TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def _rank(job: StageJob, rank: int, world_size: int, folder: Path) -> None:
+def _rank(job: StageJob, rank: int, folder: Path, held_step: int | None, resave_to: Path | None) -> None:
     import torch.distributed as dist
 
-    from minivlm.train.loop import train_loop
+    from minivlm.train.loop import StageWorker, train_loop
 
+    world_size = job.config.train.num_workers
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
     with (folder / f"log-{rank}.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        outcome = train_loop(job, _rows(job, rank, folder), torch.device("cpu"), lambda metrics, checkpoint: None)
+        outcome: dict[str, str] = {}
+        if resave_to is not None:
+            StageWorker(job, torch.device("cpu"), lambda metrics, checkpoint: None).engine.save(resave_to)
+        else:
+            rows = _rows(job, rank, folder, held_step)
+            outcome = train_loop(job, rows, torch.device("cpu"), lambda metrics, checkpoint: None)
         (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
+        dist.barrier()
         os._exit(0)
 
 
-def _rows(job: StageJob, rank: int, folder: Path) -> Iterator[dict[str, Any]]:
+def _rows(job: StageJob, rank: int, folder: Path, held_step: int | None) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of the steps that are left, as Ray Data would give them; they are noted when read."""
     first_step, world_size = newest_step(job.run_dir), job.config.train.num_workers
     steps = plan_training(job, first_step=first_step)
@@ -173,6 +198,9 @@ def _rows(job: StageJob, rank: int, folder: Path) -> Iterator[dict[str, Any]]:
             for row in make_batches(
                 str(job.train_table), str(job.features_dir), *ids, payload_block(block)
             ).to_pylist():
+                if row["step"] == held_step:
+                    (folder / f"held-{rank}").touch()
+                    time.sleep(GROUP_TIMEOUT_S)
                 labels = unpack_batch(row["payload"])["labels"]
                 samples = (labels[labels >= FIRST_ANSWER] - FIRST_ANSWER).tolist()
                 print(json.dumps([row["step"], samples]), file=notes, flush=True)

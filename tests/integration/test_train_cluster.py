@@ -1,4 +1,7 @@
-"""The stages on a real two-worker cluster: layout does not change the loss, and nothing is lost or done twice."""
+"""The stages on a real two-worker cluster: they learn, and nothing is lost or done twice.
+
+What needs no Ray is shown in plain processes: tests/unit/test_train_layout.py and test_train_resume.py.
+"""
 
 import json
 import math
@@ -22,7 +25,6 @@ from torch.testing import assert_close
 
 from minivlm import layout
 from minivlm.config import Config, ConfigError, load_config
-from minivlm.config.train import PreferencesConfig
 from minivlm.data.collate import collate
 from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import build_tokens, prepare_tokenizer
@@ -154,8 +156,8 @@ def test_sft_starts_from_the_pretrained_weights(pretrained: tuple[Config, StageR
     assert finished_stage(config, "sft") == after
 
 
-def write_pairs(config: Config, *, error: float) -> None:
-    """Each SFT answer against another colour's, with reference values off by `error` nats."""
+def write_pairs(config: Config) -> None:
+    """Each SFT answer against another colour's, with its reference values."""
     export = load_export(finished_stage(config, "sft").export_dir)
     table, cache = TokenTable.open(build_tokens(config, "sft", "train")), FeatureCache.open(next_cache(config))
     entries = [table[index] for pair in range(len(table)) for index in (pair, (pair + 1) % len(table))]
@@ -168,7 +170,7 @@ def write_pairs(config: Config, *, error: float) -> None:
     batch = collate(plain, rows, cache.get, image_token_id=export.image_token_id, pad_token_id=0)
     with torch.inference_mode():
         logps = sequence_logps(export.vlm(batch), len(rows))
-    TokenTable.write(folder, pairs, group_size=2, reference_logps=(logps + error).tolist())
+    TokenTable.write(folder, pairs, group_size=2, reference_logps=logps.tolist())
 
 
 def next_cache(config: Config) -> Path:
@@ -178,18 +180,11 @@ def next_cache(config: Config) -> Path:
 def test_mpo_starts_where_policy_is_reference_and_widens_the_margin(pretrained: tuple[Config, StageResult]):
     config = pretrained[0]
     run_stage(config, "sft")
-    write_pairs(config, error=0.0)
+    write_pairs(config)
     curve = read_metrics(run_stage(config, "mpo").run_dir / METRICS_FILE)
     assert curve[0]["train/loss"] == pytest.approx(1.2 * math.log(2) + curve[0]["train/loss/sft"], abs=1e-3)
     assert curve[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
     assert curve[-1]["rewards/margins"] > 0.05
-
-
-def test_mpo_refuses_a_foreign_reference(pretrained: tuple[Config, StageResult]):
-    config = pretrained[0].model_copy(update={"preferences": PreferencesConfig(num_samples=3)})
-    write_pairs(config, error=-5.0)
-    with pytest.raises(TrainingError, match=r"python -m jobs\.preferences"):
-        run_stage(config, "mpo")
 
 
 def test_a_finished_stage_is_not_run_again(pretrained: tuple[Config, StageResult]):
@@ -199,22 +194,12 @@ def test_a_finished_stage_is_not_run_again(pretrained: tuple[Config, StageResult
     assert (before.run_dir / METRICS_FILE).stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [("train.num_workers=1", "train.micro_batch_tokens=40"), ("train.zero_stage=3", "train.pack_length_tokens=64")],
-    ids=["one worker with more micro-batches", "ZeRO-3 and other packing"],
-)
-def test_layout_does_not_change_the_losses(
-    pretrained: tuple[Config, StageResult], settings: Path, request: pytest.FixtureRequest, overrides: tuple[str, ...]
-):
-    config = elsewhere(settings, f"layout-{request.node.callspec.indices['overrides']}", *overrides)
-    first = losses(run_stage(config, "pretrain"))
-    expected = losses(pretrained[1])
-    assert_close(torch.tensor(first[:5]), torch.tensor(expected[:5]), atol=1e-5, rtol=0)
-    assert_close(torch.tensor(first), torch.tensor(expected), atol=1e-3, rtol=0)  # rounding grows over 60 steps
+def kill_a_worker() -> None:
+    children = psutil.Process().children(recursive=True)
+    os.kill(next(child.pid for child in children if "RayTrainWorker" in child.name()), signal.SIGKILL)
 
 
-def test_killing_the_driver_and_typing_the_same_again_gives_the_same_weights(
+def test_killing_driver_and_worker_and_typing_the_same_again_gives_the_same_weights(
     cluster: str, pretrained: tuple[Config, StageResult], settings: Path, tmp_path: Path
 ):
     config = elsewhere(settings, "killed")
@@ -223,6 +208,7 @@ def test_killing_the_driver_and_typing_the_same_again_gives_the_same_weights(
     run_dir = layout.run_dir(config, "pretrain")
     driver = subprocess.Popen([sys.executable, "-c", RUN_AGAIN, cluster, str(file)])
     wait_for_steps(run_dir, 25)
+    kill_a_worker()
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not (run_dir / "result.json").exists()
@@ -236,8 +222,7 @@ def test_a_killed_worker_is_replaced_within_the_run(pretrained: tuple[Config, St
 
     def kill_one() -> None:
         wait_for_steps(layout.run_dir(config, "pretrain"), 15)
-        children = psutil.Process().children(recursive=True)
-        os.kill(next(child.pid for child in children if "RayTrainWorker" in child.name()), signal.SIGKILL)
+        kill_a_worker()
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -257,11 +242,3 @@ def test_a_placement_that_cannot_start_is_refused(cluster: str, settings: Path):
         check_resources(load_config(settings, ["train.cpus_per_worker=2"]))
     with pytest.raises(ConfigError, match=r"train\.use_gpu=false"):
         check_resources(load_config(settings, ["train.use_gpu=true"]))
-
-
-def test_an_exploding_loss_ends_the_run_with_advice(
-    cluster: str, pretrained: tuple[Config, StageResult], settings: Path
-):
-    config = elsewhere(settings, "exploding", "train.pretrain.learning_rate=1e30", "train.pretrain.clip_norm=1e30")
-    with pytest.raises(TrainingError, match=r"train\.pretrain\.learning_rate="):
-        run_stage(config, "pretrain")
