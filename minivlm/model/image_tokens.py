@@ -52,7 +52,7 @@ def count_features(vision: PreTrainedConfig) -> int:
         ValueError: a tower whose input or patches are not square.
     """
     sides = (vision.image_size, vision.patch_size)
-    if not all(isinstance(side, int) for side in sides):
+    if not all(isinstance(side, int) for side in sides) or not 1 <= sides[1] <= sides[0]:
         raise ValueError(
             f"the vision tower reads {sides[0]} px in patches of {sides[1]} px: only squares are supported"
         )

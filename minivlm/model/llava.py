@@ -112,21 +112,35 @@ def read_llava_config(directory: Path) -> tuple[LlavaConfig, bool]:
     """Settings of an export, and whether plain transformers loads it. If not, they hold `OWN_FIELD`.
 
     Raises:
-        CheckpointError: no config.json, or none that this project or LLaVA wrote.
+        CheckpointError: no config.json, none that this project or LLaVA wrote, or a tower that we do not run.
     """
     path = directory / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{directory} is no export: it has no config.json")
     try:
         settings = dict(json.loads(path.read_text()))
-        if settings.get("model_type") != OWN_MODEL_TYPE:
-            return LlavaConfig.from_pretrained(str(directory), local_files_only=True), True
-        own = settings[OWN_FIELD]
-        own = {"kind": own["kind"], **{name: int(own[name]) for name in PROJECTOR_SIZES[own["kind"]]}}
-        stock = {"model_type": "llava", "projector_hidden_act": "gelu"}
-        return LlavaConfig.from_dict(settings | stock | {OWN_FIELD: own}), False
+        is_plain = settings.get("model_type") != OWN_MODEL_TYPE
+        if is_plain:
+            config = LlavaConfig.from_pretrained(str(directory), local_files_only=True)
+        else:
+            kind, sizes = _own_projector(settings[OWN_FIELD])
+            stock = {"model_type": "llava", "projector_hidden_act": "gelu"}
+            config = LlavaConfig.from_dict(settings | stock | {OWN_FIELD: {"kind": kind, **sizes}})
+        if config.vision_config.model_type not in CLASS_TOKENS:
+            raise ValueError(f"its tower is a `{config.vision_config.model_type}`, neither CLIP nor SigLIP")
+        count_features(config.vision_config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} describes no model of this project: {error!r}") from error
+    return config, is_plain
+
+
+def _own_projector(field: dict[str, int | str]) -> tuple[str, dict[str, int]]:
+    """Kind and sizes, checked: they come from a file."""
+    kind = str(field["kind"])
+    sizes = {name: int(field[name]) for name in PROJECTOR_SIZES[kind]}
+    if any(size < 1 for size in sizes.values()):
+        raise ValueError(f"{sizes}: sizes start at 1")
+    return kind, sizes
 
 
 def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
@@ -160,8 +174,6 @@ def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
     layer = config.vision_feature_layer
     if config.vision_feature_select_strategy != "full" or not isinstance(layer, int) or layer >= 0:
         raise CheckpointError(f"{directory}: only one negative vision_feature_layer with strategy `full` is supported")
-    if config.vision_config.model_type not in CLASS_TOKENS:
-        raise CheckpointError(f"{directory}: the tower is `{config.vision_config.model_type}`, neither CLIP nor SigLIP")
     return llava, num_keys
 
 

@@ -1,6 +1,7 @@
 """Exports whose projector stock LLaVA has not: they say so, transformers stops, and our loader reads them exactly."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -122,7 +123,14 @@ def test_spoilt_weights_are_refused(exported, kind, change, reason):
 
 @pytest.mark.parametrize(
     "field",
-    [None, {}, {"kind": "qformer"}, {"kind": "resampler"}, {"kind": "pixel_shuffle", "pixel_shuffle_factor": "x"}],
+    [
+        None,
+        {},
+        {"kind": "qformer"},
+        {"kind": "resampler"},
+        {"kind": "pixel_shuffle", "pixel_shuffle_factor": 0},
+        {"kind": "pixel_shuffle", "pixel_shuffle_factor": "x"},
+    ],
 )
 def test_a_description_that_means_nothing_is_refused(exported, field):
     folder, _ = exported("pixel_shuffle")
@@ -132,6 +140,18 @@ def test_a_description_that_means_nothing_is_refused(exported, field):
         load_export(folder)
     with pytest.raises(CheckpointError, match="describes no model of this project"):
         load_export_tower(folder, batch_size=1)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "vit"}, {"patch_size": 0}, {"image_size": [32, 64]}])
+def test_a_tower_that_we_do_not_run_is_refused(exported, kind, change):
+    folder, _ = exported(kind)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"] |= change
+    path.write_text(json.dumps(config))
+    for load in (load_export, partial(load_export_tower, batch_size=1)):
+        with pytest.raises(CheckpointError, match="describes no model of this project"):
+            load(folder)
 
 
 def test_settings_and_exports_agree_on_what_is_stock():
