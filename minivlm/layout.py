@@ -129,7 +129,7 @@ def _data_key(config: Config) -> list[Any]:
     files = [_location_key(source.path) for group in groups for source in group]
     given = [[source.model_dump(mode="json", exclude=_DRAWING) for source in group] for group in groups]
     kept = [[sorted(source.min_rating) for source in group] for group in groups]
-    rest = data.model_dump(mode="json", exclude={"pretrain", "sft", "prompts", "mpo", "mixture"})
+    rest = data.model_dump(mode="json", exclude={"pretrain", "sft", "prompts", "mpo", "mixture", "features"})
     world = _values(config.miniworld) if config.uses_miniworld else None
     return [FORMAT, config.seed, given, kept, rest, data.mixture.finds_by, world, files]
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
         sync: False saves milliseconds where a file lost in a power cut would be noticed and made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # pids repeat across nodes
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

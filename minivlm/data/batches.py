@@ -4,12 +4,14 @@ Imports torch only inside the task: Ray Data's coordinators import this module t
 """
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 
 from minivlm.data.plan import MicroBatch, PlannedStep
@@ -78,16 +80,50 @@ def payload_block(payload: Any) -> pa.Table:
     return pa.table({"payload": pa.array([pickle.dumps(payload)], pa.binary())})
 
 
+def first_uses(
+    table: TokenTable, blocks: Sequence[Sequence[BatchRow]], *, encoded: Collection[str], batch_size: int
+) -> list[list[str]]:
+    """Which pictures each block has encoded on its way, so that each is encoded once and before it is shown.
+
+    A picture belongs to the block that shows it first. Blocks take pictures of later ones forward, so that every
+    forward of the tower but the last is full.
+
+    Args:
+        encoded: digests that have features already.
+        batch_size: pictures per forward of the tower.
+
+    Returns:
+        Digests per block; together every picture of the blocks that is not in `encoded`, once.
+    """
+    shown = [
+        table.pictures_of([entry for row in block for line in row.micro_batch for entry in line]) for block in blocks
+    ]
+    ends = np.cumsum([len(pictures) for pictures in shown])
+    flat = np.concatenate(shown) if shown else np.empty(0, np.int32)
+    _, positions = np.unique(flat, return_index=True)
+    positions.sort()
+    digests = table.digests
+    firsts = [(int(position), digests[flat[position]]) for position in positions]
+    lacking = [(position, digest) for position, digest in firsts if digest not in encoded]
+    due = np.searchsorted([position for position, _ in lacking], ends)
+    bounds = [0, *(min(-(-int(count) // batch_size) * batch_size, len(lacking)) for count in due)]
+    return [[digest for _, digest in lacking[start:end]] for start, end in pairwise(bounds)]
+
+
 def make_batches(
-    table_dir: str, features_dir: str, image_token_id: int, pad_token_id: int, block: pa.Table
+    table_dir: str, features_dir: str, image_token_id: int, pad_token_id: int, wait_s: float, block: pa.Table
 ) -> pa.Table:
-    """Pickled BatchRows -> one table row per micro-batch: step, is_last, num_tokens, num_units, payload."""
+    """Pickled BatchRows -> one table row per micro-batch: step, is_last, num_tokens, num_units, payload.
+
+    Args:
+        wait_s: how long to wait for pictures that encoder actors are working on, in seconds; 0 where all are there.
+    """
     from minivlm.data.collate import collate, pack_batch
 
     table, features = open_table(table_dir), open_features(features_dir)
     rows: list[BatchRow] = [row for payload in block["payload"].to_pylist() for row in pickle.loads(payload)]
     ids = {"image_token_id": image_token_id, "pad_token_id": pad_token_id}
-    batches = [collate(table, row.micro_batch, features.get, **ids) for row in rows]
+    batches = [collate(table, row.micro_batch, partial(features.get, wait_s=wait_s), **ids) for row in rows]
     return pa.table(
         {
             "step": pa.array([row.step for row in rows], pa.int64()),

@@ -1,15 +1,10 @@
 """Patch features on disk, by picture digest: the vision tower never runs twice on the same image.
 
-    FINGERPRINT/meta.json            shape
-    FINGERPRINT/NAME.bin             uint16 [n, P, D] (the bits of bfloat16)
-    FINGERPRINT/NAME.json            digests of the rows; written last, so a shard without it does not exist
-
-Any number of processes may append at once: each append is a shard of its own. A shard whose size is not what its
-index says (a torn copy) is treated as absent and its pictures as missing.
+The files are those of `minivlm.data.shards`. Any number of processes may append at once: each append is a shard of its
+own. A torn shard (a killed writer, a copy cut short) is treated as absent and its pictures as missing.
 """
 
-import hashlib
-import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +14,10 @@ import torch
 from torch import Tensor
 
 from minivlm.data.errors import DataError
-from minivlm.storage import write_bytes, write_json
+from minivlm.data.shards import META, list_shards, read_meta, write_meta, write_shard
+
+POLL_S = 0.05
+"""Pause between two looks for pictures that another process is encoding."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,13 @@ class FeatureCache:
         self._shards: list[np.ndarray] = []
         self._read: set[str] = set()
         self._encoded = 0
-        meta = self.directory / "meta.json"
-        if not meta.exists():
-            write_json(meta, {"fingerprint": fingerprint, "shape": list(self.shape)})
-        stored = tuple(json.loads(meta.read_text())["shape"])
+        if not (self.directory / META).exists():
+            write_meta(self.directory, fingerprint, self.shape)
+        _, stored = read_meta(self.directory)
         if stored != self.shape:
             raise DataError(
-                f"{meta} holds features of shape {stored}, the tower gives {self.shape}. Delete {self.directory}"
+                f"{self.directory / META} holds features of shape {stored}, the tower gives {self.shape}. "
+                f"Delete {self.directory}"
             )
         self.refresh()
 
@@ -57,29 +55,22 @@ class FeatureCache:
         """Open an existing cache by its own folder.
 
         Raises:
-            DataError: no cache there.
+            DataError: no cache there, or its meta.json is damaged.
         """
-        meta = Path(directory) / "meta.json"
-        try:
-            stored = json.loads(meta.read_text())
-        except FileNotFoundError:
-            raise DataError(f"No image features under {directory}. Run: python -m jobs.prepare") from None
-        return cls(Path(directory).parent, stored["fingerprint"], tuple(stored["shape"]))
+        fingerprint, shape = read_meta(directory)
+        return cls(Path(directory).parent, fingerprint, shape)
 
     def refresh(self) -> None:
-        """Read the indexes that appeared since the last look."""
-        for path in sorted(self.directory.glob("*.json")):
-            if path.name == "meta.json" or path.name in self._read:
+        """Map the shards that appeared since the last look."""
+        for shard in list_shards(self.directory, self.shape, known=self._read):
+            try:
+                rows = shard.rows()
+            except (FileNotFoundError, ValueError):  # removed, or cut, since it was listed
                 continue
-            digests = json.loads(path.read_text())["digests"]
-            shape = (len(digests), *self.shape)
-            data = path.with_suffix(".bin")
-            if not data.exists() or data.stat().st_size != 2 * int(np.prod(shape)):
-                continue
-            self._read.add(path.name)
-            self._shards.append(np.asarray(np.memmap(data, np.uint16, mode="r", shape=shape)))
-            self._encoded += len(digests)
-            for row, digest in enumerate(digests):
+            self._read.add(shard.index.name)
+            self._shards.append(rows)
+            self._encoded += len(shard.digests)
+            for row, digest in enumerate(shard.digests):
                 self._place.setdefault(digest, (len(self._shards) - 1, row))
 
     def missing(self, digests: Iterable[str]) -> list[str]:
@@ -104,20 +95,20 @@ class FeatureCache:
             raise ValueError("a picture stands twice in one append")
         if not digests:
             return
-        name = hashlib.sha256("".join(digests).encode()).hexdigest()[:20]
-        bits = features.detach().cpu().contiguous().view(torch.uint16).numpy()
-        write_bytes(self.directory / f"{name}.bin", bits.tobytes())
-        write_json(self.directory / f"{name}.json", {"digests": list(digests)})
+        write_shard(self.directory, digests, features.detach().cpu().contiguous().view(torch.uint16).numpy())
         self.refresh()
 
-    def get(self, digests: Sequence[str]) -> Tensor:
+    def get(self, digests: Sequence[str], *, wait_s: float = 0.0) -> Tensor:
         """Features in the order asked: [n, P, D] bfloat16.
+
+        Args:
+            wait_s: how long to look again for pictures that another process is encoding, in seconds.
 
         Raises:
             DataError: a picture was never encoded.
         """
         if any(digest not in self._place for digest in digests):
-            self._require(digests)
+            self._require(digests, time.monotonic() + wait_s)
         out = np.empty((len(digests), *self.shape), np.uint16)
         for index, digest in enumerate(digests):
             shard, row = self._place[digest]
@@ -129,10 +120,11 @@ class FeatureCache:
         self.refresh()
         return CacheStat(len(self._place), self._encoded, sum(shard.nbytes for shard in self._shards))
 
-    def _require(self, digests: Sequence[str]) -> None:
-        absent = self.missing(digests)
-        if absent:
-            raise DataError(
-                f"{len(absent)} of {len(digests)} pictures have no features in {self.directory} (first: {absent[0]}). "
-                "Encode them: python -m jobs.prepare"
-            )
+    def _require(self, digests: Sequence[str], deadline: float) -> None:
+        while absent := self.missing(digests):
+            if time.monotonic() >= deadline:
+                raise DataError(
+                    f"{len(absent)} of {len(digests)} pictures have no features in {self.directory} "
+                    f"(first: {absent[0]}). Encode them: python -m jobs.prepare"
+                )
+            time.sleep(POLL_S)

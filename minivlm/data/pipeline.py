@@ -7,7 +7,7 @@ in the driver; rows and pictures are worked on in Ray Data tasks and actors.
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from minivlm.config import Config
 from minivlm.data.batches import open_table
 from minivlm.data.chat import encode_chat
 from minivlm.data.draw import REPORT_FILE, draw_stage, drawn_samples
-from minivlm.data.encode import Encoders, Tower, encode_images
+from minivlm.data.encode import encode_images
+from minivlm.data.encoder import Encoders, Encoding, Tower
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.lengths import encode_rows
 from minivlm.data.miniworld.write import build_miniworld, expected_rows
 from minivlm.data.mixture_table import mixture_lines
+from minivlm.data.pictures import PicturePaths
 from minivlm.data.readers import list_parts, read_rows
 from minivlm.data.samples import LoadedSample, SampleWriter, iter_rows, load_pictures
 from minivlm.data.scorer import Wanted
@@ -89,29 +91,52 @@ def prepare_tokenizer(config: Config) -> str:
     return path
 
 
-def prepare_features(config: Config, tower_path: str) -> FeatureCache:
-    """Encode every picture of the prepared rows that the tower has not seen yet, and print the count."""
-    clip = config.clip
-    tower = Tower(tower_path, clip.encode_precision, clip.feature_layer, clip.encode_batch_size)
-    loaded = tower.load("cpu")
-    shape = (loaded.num_features, loaded.hidden_size)
-    cache = FeatureCache(layout.features_root(config), loaded.fingerprint, shape)
-    pictures = load_pictures(prepare_samples(config))
-    encoders = Encoders(
-        clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, config.evaluation.threads_per_actor
-    )
-    encoded = encode_images(pictures, cache, tower, encoders, image_limits(config))
+def prepare_features(config: Config, tower_path: str, needed: Iterable[str] = ()) -> FeatureCache:
+    """Encode the pictures that the tower has not seen yet and print the count: with data.features=cached those of all
+    prepared rows; with `stream` only those `needed` (digests about to be read), as training encodes its own on the way.
+    """
+    cache = open_features(config, tower_path)
+    paths = picture_paths(config)
+    asked = list(needed) if config.data.features == "stream" else paths.digests()
+    encoded = encode_images(asked, cache, encoding(config, tower_path, cache))
     stat = cache.stat()
     _log.log(
         logging.INFO if encoded else logging.DEBUG,
         "features: %d pictures asked for, %d encoded now; %d distinct / %d encoded ever = %.3f",
-        len(pictures),
+        len(asked),
         encoded,
         stat.distinct,
         stat.encoded,
         stat.distinct / max(stat.encoded, 1),
     )
     return cache
+
+
+def open_features(config: Config, tower_path: str) -> FeatureCache:
+    """The cache of this tower, which may be empty."""
+    loaded = _tower(config, tower_path).load("cpu")
+    return FeatureCache(layout.features_root(config), loaded.fingerprint, (loaded.num_features, loaded.hidden_size))
+
+
+def encoding(config: Config, tower_path: str, cache: FeatureCache) -> Encoding:
+    """What encoder actors need."""
+    clip = config.clip
+    encoders = Encoders(
+        clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, config.evaluation.threads_per_actor
+    )
+    pictures = picture_paths(config).directory
+    return Encoding(_tower(config, tower_path), encoders, image_limits(config), pictures, cache.directory)
+
+
+def picture_paths(config: Config) -> PicturePaths:
+    """Where the pictures of the prepared rows lie."""
+    folder = prepare_samples(config) / "pictures"
+    return PicturePaths(folder) if folder.is_dir() else PicturePaths.write(folder, load_pictures(folder.parent))
+
+
+def _tower(config: Config, tower_path: str) -> Tower:
+    clip = config.clip
+    return Tower(tower_path, clip.encode_precision, clip.feature_layer, clip.encode_batch_size)
 
 
 def draw_rows(config: Config, stage: str) -> Path:

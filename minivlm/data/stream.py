@@ -14,8 +14,10 @@ import ray.data
 from ray.data import Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from minivlm.data.batches import make_batches, payload_block, plan_blocks
+from minivlm.data.batches import first_uses, make_batches, open_table, payload_block, plan_blocks
+from minivlm.data.encoder import ENCODE_COLUMN, BlockEncoder, Encoding
 from minivlm.data.plan import PlannedStep
+from minivlm.data.shards import committed_digests
 
 UNSPLIT_BYTES = 2**40
 """Block size that Ray Data never reaches: split blocks would go to the wrong ranks."""
@@ -25,6 +27,9 @@ RANKS_PER_BATCH_TASK = 2
 
 CPUS_PER_BATCH_TASK = 0.25
 """Logical CPUs of such a task: it copies memory and waits for the trainers most of the time."""
+
+ENCODER_WAIT_S = 600.0
+"""How long such a task waits for pictures that another encoder actor has in work."""
 
 SCHEDULER_PAUSE_S = 0.02
 
@@ -57,6 +62,7 @@ def micro_batch_dataset(
     image_token_id: int,
     pad_token_id: int,
     first_step: int = 0,
+    encoding: Encoding | None = None,
 ) -> Dataset:
     """The plan as a Ray dataset: one row = one micro-batch; one block = the next rows of one rank, from one task.
 
@@ -66,14 +72,40 @@ def micro_batch_dataset(
 
     Args:
         steps: what is left of the plan; `first_step` is the number of the first of them.
+        encoding: puts encoder actors before the tasks, for pictures that the cache lacks; None: it has them all.
 
     Returns:
         Columns: step; is_last (last micro-batch of its step on its rank); num_tokens (supervised) and num_units, both
         of the whole step over all ranks; payload (`unpack_batch` gives the batch).
     """
     blocks = plan_blocks(table_dir, steps, world_size=world_size, first_step=first_step)
-    make = partial(make_batches, str(table_dir), str(features_dir), image_token_id, pad_token_id)
-    return feed_trainers(map_tasks(make, blocks, CPUS_PER_BATCH_TASK, -(-world_size // RANKS_PER_BATCH_TASK)))
+    wait_s = 0.0 if encoding is None else ENCODER_WAIT_S
+    make = partial(make_batches, str(table_dir), str(features_dir), image_token_id, pad_token_id, wait_s)
+    tables = [payload_block(block) for block in blocks]
+    if encoding is None:
+        source = ray.data.from_arrow(tables)
+    else:
+        size = encoding.tower.batch_size
+        encoded = committed_digests(features_dir)
+        uses = first_uses(open_table(str(table_dir)), blocks, encoded=encoded, batch_size=size)
+        source = encode_blocks(tables, uses, encoding)
+    return feed_trainers(run_tasks(source, make, CPUS_PER_BATCH_TASK, -(-world_size // RANKS_PER_BATCH_TASK)))
+
+
+def encode_blocks(tables: list[pa.Table], uses: list[list[str]], encoding: Encoding) -> Dataset:
+    """The blocks, each once the pictures that `uses` lists for it are in the cache; several actors take turns."""
+    columns = [pa.array([digests], pa.list_(pa.string())) for digests in uses]
+    tables = [table.append_column(ENCODE_COLUMN, column) for table, column in zip(tables, columns, strict=True)]
+    encoders = encoding.encoders
+    return ray.data.from_arrow(tables).map_batches(
+        BlockEncoder,
+        fn_constructor_args=(encoding,),
+        batch_size=None,
+        batch_format="pyarrow",
+        num_cpus=encoders.cpus,
+        num_gpus=encoders.gpus,
+        compute=ray.data.ActorPoolStrategy(size=encoders.count),
+    )
 
 
 def map_tasks(
@@ -83,7 +115,19 @@ def map_tasks(
     concurrency: int | None,
 ) -> Dataset:
     """One Ray task per payload, results in their order. The changed settings stay with this dataset."""
-    dataset = ray.data.from_arrow([payload_block(payload) for payload in payloads]).map_batches(
+    return run_tasks(
+        ray.data.from_arrow([payload_block(payload) for payload in payloads]), function, num_cpus, concurrency
+    )
+
+
+def run_tasks(
+    source: Dataset,
+    function: Callable[[pa.Table], pa.Table | Iterator[pa.Table]],
+    num_cpus: float,
+    concurrency: int | None,
+) -> Dataset:
+    """One Ray task per block of `source`, results in their order. The changed settings stay with this dataset."""
+    dataset = source.map_batches(
         function,
         batch_size=None,
         batch_format="pyarrow",

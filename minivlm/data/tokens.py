@@ -138,6 +138,13 @@ class TokenTable:
         """Distinct pictures of the table."""
         return [digest.decode() for digest in self._digests]
 
+    def pictures_of(self, entries: Sequence[int]) -> np.ndarray:
+        """Rows of `digests` that the entries show, end to end: int32, a picture as often as it is shown."""
+        chosen = np.asarray(entries, np.int64)
+        starts, counts = self._image_offsets[chosen], self._image_offsets[chosen + 1] - self._image_offsets[chosen]
+        ends = np.cumsum(counts)
+        return self._images[np.repeat(starts - ends + counts, counts) + np.arange(counts.sum())]
+
     def _read(self, name: str, dtype: Any, count: int) -> np.ndarray:
         path = self.directory / f"{name}.bin"
         expected = count * np.dtype(dtype).itemsize

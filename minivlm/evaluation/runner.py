@@ -74,7 +74,8 @@ def _run(config: Config, exports: Sequence[StageExport], questions: Sequence[Que
     requests = [request for export in exports for request in _requests(export, questions)]
     blocks = make_blocks(requests, config.evaluation.batch_size)
     decoding = Decoding(max_new_tokens=config.evaluation.max_new_tokens)
-    features = prepare_features(config, tower_path(config)).directory
+    shown = {digest for request in requests for digest in request.image_sha256}
+    features = prepare_features(config, tower_path(config), shown).directory
     replies: dict[str, Reply] = {}
     with Progress(len(requests), "evaluate") as progress:
         for answers in answer_blocks(blocks, features_dir=features, decoding=decoding, pool=config.evaluation):

@@ -53,7 +53,8 @@ def add_reference_logps(config: Config) -> Path:
         check_reference(folder, export)
         return tokens_dir
     pairs = read_pairs(folder / "pairs.parquet")
-    cache = prepare_features(config, tower_path(config))
+    shown = {digest for pair in pairs for digest in pair.image_sha256}
+    cache = prepare_features(config, tower_path(config), shown)
     tokenizer = load_tokenizer(export.export_dir)
     encoded, kept, dropped = encode_pairs(
         pairs, tokenizer, num_image_tokens(config), max_length=config.model.max_length_tokens

@@ -190,7 +190,8 @@ def _sample_answers(config: Config, export: StageExport, prompts: Sequence[Promp
         else:
             waiting[frozenset(request.row_id for request in block)] = number
     todo = [blocks[number] for number in waiting.values()]
-    features = prepare_features(config, tower_path(config)).directory
+    shown = {digest for block in todo for request in block for digest in request.image_sha256}
+    features = prepare_features(config, tower_path(config), shown).directory
     with Progress(sum(len(block) for block in todo), "sample answers") as progress:
         for answers in answer_blocks(todo, features_dir=features, decoding=decoding, pool=config.evaluation):
             chunk = {answer.row_id: answer.text for answer in answers}

@@ -40,6 +40,7 @@ def stage_dataset(job: StageJob) -> Dataset:
         world_size=job.config.train.num_workers,
         image_token_id=job.image_token_id,
         pad_token_id=job.pad_token_id,
+        encoding=job.encoding,
     )
 
 

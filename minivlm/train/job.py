@@ -10,8 +10,12 @@ import numpy as np
 
 from minivlm.config import Config, StageName
 from minivlm.config.train import StageConfig
+from minivlm.data.encoder import Encoding
 from minivlm.data.plan import PlannedStep, plan_epoch
 from minivlm.data.tokens import TokenTable
+
+WHITENING_TOKENS = 20_000
+"""Picture features that a new projector is fitted to."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class StageJob:
     """None where the stage has no validation rows."""
 
     features_dir: Path
+    encoding: Encoding | None
+    """data.features=stream: how pictures that training shows and the cache lacks are encoded on the way. Else None."""
+
     num_features: int
     """Picture features, before the projector."""
 
@@ -52,6 +59,19 @@ class StageJob:
     def eval_steps(self) -> set[int]:
         """Numbers of finished steps after which the validation loss is computed; the last is the end."""
         return evenly_spaced(self.total_steps, self.settings.num_evals)
+
+
+def whitening_pictures(train_table: Path, num_features: int) -> list[str]:
+    """The pictures that a new projector is fitted to; their features must be there before training starts."""
+    return TokenTable.open(train_table).digests[: max(1, WHITENING_TOKENS // num_features)]
+
+
+def planned_pictures(job: StageJob) -> set[str]:
+    """Pictures that the stage's training steps show."""
+    table = TokenTable.open(job.train_table)
+    entries = [entry for step in plan_training(job) for rows in step.micro_batches for row in rows for entry in row]
+    digests = table.digests
+    return {digests[row] for row in set(table.pictures_of(entries).tolist())}
 
 
 def evenly_spaced(total: int, count: int) -> set[int]:

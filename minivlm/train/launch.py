@@ -30,7 +30,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from minivlm import layout
 from minivlm.config import Config, ConfigError, StageName
-from minivlm.data.pipeline import build_tokens, prepare_features
+from minivlm.data.pipeline import build_tokens, encoding, prepare_features
+from minivlm.data.settings import tower_shape
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import TokenTable
 from minivlm.log import get_logger
@@ -38,14 +39,12 @@ from minivlm.model.checkpoint import MANIFEST, newest_complete
 from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.storage import write_json
 from minivlm.train.feed import newest_step, stage_dataset, stage_worker
-from minivlm.train.job import StageJob, count_steps
+from minivlm.train.job import StageJob, count_steps, whitening_pictures
 from minivlm.train.metrics import METRICS_FILE, ProgressFollower
+from minivlm.train.placement import check_placement
 from minivlm.train.stages import STAGES, TrainingError
 
 RESULT_FILE = "result.json"
-DATA_CPUS = 1.0
-"""CPUs that must be left for the tasks that make batches."""
-
 RAY_RECORDS = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 REPORT_INTERVAL_S = "0.2"
 """How often the controller collects reports; a report blocks training until it is collected."""
@@ -86,7 +85,7 @@ def run_stage(config: Config, stage: StageName) -> StageResult:
     if (run_dir / RESULT_FILE).exists():
         log.info("%s is finished, nothing to do: %s", stage, run_dir)
         return finished_stage(config, stage)
-    check_resources(config)
+    check_resources(config, encoders_beside=config.data.features == "stream")
     job = make_job(config, stage)
     first_step = newest_step(job.run_dir)
     if first_step < job.total_steps:
@@ -118,28 +117,12 @@ def finished_stage(config: Config, stage: StageName) -> StageResult:
     return StageResult(**{**values, **folders})
 
 
-def check_resources(config: Config) -> None:
-    """Refuse a placement that would wait for ever: workers take their CPUs first, batches need one more.
-
-    Raises:
-        ConfigError: the message names the keys and values that fit.
-    """
-    train, available = config.train, ray.cluster_resources()
-    cpus, gpus = available.get("CPU", 0.0), available.get("GPU", 0.0)
-    needed = train.num_workers * train.cpus_per_worker + DATA_CPUS
-    if needed > cpus:
-        fitting = max(0.1, int((cpus - DATA_CPUS) / train.num_workers * 10) / 10)
-        raise ConfigError(
-            f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker:g} and "
-            f"{DATA_CPUS:g} CPU for data need {needed:g} CPUs, the cluster has {cpus:g}: nothing would ever start. "
-            f"Type train.cpus_per_worker={fitting:g}, or fewer train.num_workers"
-        )
-    if train.use_gpu and train.num_workers > gpus:
-        raise ConfigError(
-            f"train.num_workers={train.num_workers} with train.use_gpu=true needs as many GPUs, "
-            f"the cluster has {gpus:g}. Type train.num_workers={max(1, int(gpus))}"
-            + ("" if gpus else " train.use_gpu=false")
-        )
+def check_resources(config: Config, *, encoders_beside: bool = False) -> None:
+    """`check_placement` on this cluster: refuses what would wait for ever."""
+    available = ray.cluster_resources()
+    check_placement(
+        config, cpus=available.get("CPU", 0.0), gpus=available.get("GPU", 0.0), encoders_beside=encoders_beside
+    )
 
 
 def make_job(config: Config, stage: StageName) -> StageJob:
@@ -153,10 +136,11 @@ def make_job(config: Config, stage: StageName) -> StageJob:
     tower_path = layout.tower_path(config)
     if config.clip.path is None and not Path(tower_path).is_dir():
         raise TrainingError(f"No vision tower under {tower_path}. Run: python -m jobs.clip")
-    features = prepare_features(config, tower_path)
     tokenizer_path = layout.tokenizer_path(config)
     tokenizer = load_tokenizer(tokenizer_path)
     train_table, val_table = _tables(config, stage)
+    features = prepare_features(config, tower_path, _read_directly(config, train_table, val_table, initial_export))
+    streams = config.data.features == "stream" and features.missing(TokenTable.open(train_table).digests)
     num_units = len(TokenTable.open(train_table)) // STAGES[stage].group_size
     if not num_units:
         raise TrainingError(f"{stage} has no training rows. Look at data.{stage} and run: python -m jobs.prepare")
@@ -167,6 +151,7 @@ def make_job(config: Config, stage: StageName) -> StageJob:
         train_table=train_table,
         val_table=val_table,
         features_dir=features.directory,
+        encoding=encoding(config, tower_path, features) if streams else None,
         num_features=features.shape[0],
         vision_size=features.shape[1],
         tokenizer_path=tokenizer_path,
@@ -189,6 +174,14 @@ def _tables(config: Config, stage: StageName) -> tuple[Path, Path | None]:
             f"No preference pairs with reference log-probabilities under {table}. Run: python -m jobs.preferences"
         )
     return table, None
+
+
+def _read_directly(config: Config, train_table: Path, val_table: Path | None, initial_export: Path | None) -> set[str]:
+    """Pictures whose features a stage reads besides its batches: for validation, and to fit a new projector."""
+    digests = set(TokenTable.open(val_table).digests) if val_table else set()
+    if initial_export is None:
+        digests.update(whitening_pictures(train_table, tower_shape(config)[0]))
+    return digests
 
 
 def _train(job: StageJob, first_step: int) -> None:

@@ -26,7 +26,7 @@ from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector, whiten_input
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine, StepReport
-from minivlm.train.job import StageJob, plan_validation
+from minivlm.train.job import StageJob, plan_validation, whitening_pictures
 from minivlm.train.losses import MPOWeights, RewardShift
 from minivlm.train.metrics import METRICS_FILE, MetricsWriter
 from minivlm.train.optimizer import OptimizerSettings
@@ -39,9 +39,6 @@ from minivlm.train.stages import (
     check_first_step,
     count_totals,
 )
-
-WHITENING_TOKENS = 20_000
-"""Picture features that a new projector is fitted to."""
 
 Rows = Iterator[dict[str, Any]]
 Report = Callable[[dict[str, Any], Path | None], None]
@@ -89,7 +86,7 @@ def initial_model(job: StageJob) -> MiniVLM:
         sizes=job.config.model.projector_sizes,
         seed=job.config.seed,
     )
-    digests = TokenTable.open(job.train_table).digests[: max(1, WHITENING_TOKENS // job.num_features)]
+    digests = whitening_pictures(job.train_table, job.num_features)
     if digests:
         whiten_input(projector, FeatureCache.open(job.features_dir).get(digests))
     return MiniVLM(projector, language_model, job.image_token_id)

@@ -18,9 +18,10 @@ from ray.tune.schedulers import ASHAScheduler
 
 from minivlm import layout
 from minivlm.config import Config, ConfigError
+from minivlm.data.pipeline import prepare_features
 from minivlm.log import Progress, get_logger
 from minivlm.storage import content_hash, write_json
-from minivlm.train.job import StageJob
+from minivlm.train.job import StageJob, planned_pictures
 from minivlm.train.launch import RESULT_FILE, check_resources, make_job, run_stage
 from minivlm.tune.space import Trial, best_overrides, trial_config, trial_overrides, trials
 from minivlm.tune.trial import METRIC, run_trial
@@ -168,6 +169,8 @@ def _jobs(config: Config, points: Sequence[Trial]) -> list[StageJob]:
         raise ConfigError(
             f"The {stage} stage has no validation rows, so trials cannot be compared: type data.val_fraction=0.05"
         )
+    if config.data.features == "stream":  # a trial has no encoders; what all of them show is encoded before
+        prepare_features(config, layout.tower_path(config), planned_pictures(jobs[0]))
     return jobs
 
 

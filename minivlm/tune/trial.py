@@ -62,7 +62,7 @@ def planned_rows(job: StageJob) -> Iterator[dict[str, Any]]:
     steps = plan_training(job, first_step=first_step)
     for block in plan_blocks(job.train_table, steps, world_size=1, first_step=first_step):
         table = make_batches(
-            str(job.train_table), str(job.features_dir), job.image_token_id, job.pad_token_id, payload_block(block)
+            str(job.train_table), str(job.features_dir), job.image_token_id, job.pad_token_id, 0.0, payload_block(block)
         )
         yield from table.to_pylist()
 

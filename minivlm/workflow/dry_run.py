@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from minivlm import layout
-from minivlm.config import STAGE_NAMES, Config
+from minivlm.config import STAGE_NAMES, Config, ConfigError
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import count_rows, load_token_counts, mixture_tables
 from minivlm.data.settings import tower_shape
@@ -15,6 +15,7 @@ from minivlm.model.image_tokens import count_image_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.llava import PROJECTOR_NOTE
 from minivlm.model.projector import build_projector
+from minivlm.train.placement import DATA_CPUS, check_placement
 
 
 def describe(config: Config) -> str:
@@ -85,8 +86,10 @@ def _placement(config: Config) -> list[str]:
     train, clip, evaluation, serve = config.train, config.clip, config.evaluation, config.serve
     device = "GPU, nccl" if train.use_gpu else "CPU, gloo"
     training = f"Ray Train workers, {device}, ZeRO-{train.zero_stage}, {train.precision}"
+    streams = config.data.features == "stream"
+    encoding = f"CLIP, {clip.encode_precision}, " + ("beside the trainers" if streams else "before training")
     rows = [
-        ("encode", clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, f"CLIP, {clip.encode_precision}"),
+        ("encode", clip.num_encoders, clip.cpus_per_encoder, clip.gpus_per_encoder, encoding),
         ("train", train.num_workers, train.cpus_per_worker, int(train.use_gpu), training),
         ("answer", evaluation.num_actors, evaluation.cpus_per_actor, evaluation.gpus_per_actor, "generation actors"),
         ("tune", config.tune.max_concurrent_trials, train.cpus_per_worker, int(train.use_gpu), "trials at a time"),
@@ -97,7 +100,27 @@ def _placement(config: Config) -> list[str]:
     cluster = config.cluster.address or os.environ.get("RAY_ADDRESS")
     where = f"cluster {cluster}" if cluster else f"local cluster of {config.cluster.num_cpus or os.cpu_count()} CPUs"
     lines.append(f"on               {where}")
+    lines += _at_once(config, streams, is_local=not cluster)
     lines += [f"{stage:<16} {_state(layout.run_dir(config, stage))}" for stage in STAGE_NAMES]
+    return lines
+
+
+def _at_once(config: Config, streams: bool, *, is_local: bool) -> list[str]:
+    """What a stage occupies at one time, and whether a local cluster has it."""
+    train, clip = config.train, config.clip
+    cpus = train.num_workers * train.cpus_per_worker + DATA_CPUS
+    gpus = float(train.num_workers if train.use_gpu else 0)
+    if streams:
+        cpus += clip.num_encoders * clip.cpus_per_encoder
+        gpus += clip.num_encoders * clip.gpus_per_encoder
+    what = "trainers, encoders and data tasks" if streams else "trainers and data tasks"
+    lines = [f"at once          {cpus:g} CPUs, {gpus:g} GPUs: {what} of a stage"]
+    if is_local:
+        present = float(config.cluster.num_cpus or os.cpu_count() or 1)
+        try:
+            check_placement(config, cpus=present, gpus=torch.cuda.device_count(), encoders_beside=streams)
+        except ConfigError as error:
+            lines.append(f"refused          {error}")
     return lines
 
 

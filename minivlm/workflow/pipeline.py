@@ -24,7 +24,7 @@ def run_pipeline(config: Config, *, sweep: bool, ask: bool) -> None:
     """
     started = time.monotonic()
     check_tracking(config)
-    check_resources(config)
+    check_resources(config, encoders_beside=config.data.features == "stream")
     if ask:
         check_port(config)
     with start_run(config, "pipeline") as run:
@@ -38,8 +38,6 @@ def run_pipeline(config: Config, *, sweep: bool, ask: bool) -> None:
 
 def _run_steps(config: Config, run: Run, *, sweep: bool) -> None:
     features = _timed("features", lambda: steps.prepare(config), _describe_features)
-    stat = features.stat()
-    run.log_metrics({"features/distinct": stat.distinct, "features/encoded": stat.encoded})
     if sweep:
         _timed("sweep", lambda: steps.sweep(config, run), lambda found: f"best: {' '.join(found.reproduce)}")
     for stage in STAGE_NAMES:
@@ -52,6 +50,10 @@ def _run_steps(config: Config, run: Run, *, sweep: bool) -> None:
         )
     evaluation = _timed("evaluate", lambda: steps.evaluate(config, run), lambda found: f"{found.report}\n{found.table}")
     run.log_artifact(evaluation.report)
+    stat = features.stat()
+    run.log_metrics({"features/distinct": stat.distinct, "features/encoded": stat.encoded})
+    if config.data.features == "stream":
+        print(f"[features] {_describe_features(features)}", flush=True)
     _timed("register", lambda: steps.register(config, run), lambda result: result.reason)
 
 
