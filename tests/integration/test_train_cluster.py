@@ -217,6 +217,25 @@ def test_killing_driver_and_worker_and_typing_the_same_again_gives_the_same_weig
     assert_close(weights(result), weights(pretrained[1]), atol=0, rtol=0)
 
 
+def test_a_streamed_stage_ends_with_the_weights_of_the_cached_one_and_encodes_each_picture_once(
+    pretrained: tuple[Config, StageResult], settings: Path
+):
+    short = ("train.sft.epochs=2", "train.sft.learning_rate=1e-2")
+    results, streaming = [], ("data.features=stream", "clip.cpus_per_encoder=0.5")
+    for name, overrides in (("short", short), ("streamed", (*short, *streaming))):
+        config = elsewhere(settings, name, *overrides)
+        (config.root / "runs").mkdir()
+        (config.root / "runs" / pretrained[1].run_dir.name).symlink_to(pretrained[1].run_dir)
+        if name == "streamed":
+            (config.root / "features").unlink()  # nothing is encoded yet
+        results.append(run_stage(config, "sft"))
+    cached, streamed = results
+    assert losses(streamed) == losses(cached)
+    assert_close(weights(streamed), weights(cached), atol=0, rtol=0)
+    stat = FeatureCache.open(next_cache(config)).stat()
+    assert (stat.distinct, stat.encoded) == (24, 24)
+
+
 def test_a_killed_worker_is_replaced_within_the_run(pretrained: tuple[Config, StageResult], settings: Path):
     config = elsewhere(settings, "worker")
 
