@@ -169,8 +169,9 @@ def _jobs(config: Config, points: Sequence[Trial]) -> list[StageJob]:
         raise ConfigError(
             f"The {stage} stage has no validation rows, so trials cannot be compared: type data.val_fraction=0.05"
         )
-    if config.data.features == "stream":  # a trial has no encoders; what all of them show is encoded before
-        prepare_features(config, layout.tower_path(config), planned_pictures(jobs[0]))
+    if config.data.features == "stream":  # a trial has no encoders: what any of them shows is encoded before
+        shown = set().union(*(planned_pictures(job) for job in jobs))
+        prepare_features(config, layout.tower_path(config), shown)
     return jobs
 
 

@@ -92,7 +92,7 @@ def encoding(folder: Path, cache: Path) -> Encoding:
     """Encoders of one thread on a new cache."""
     tower = Tower(str(folder / "clip"), "float32", -1, ENCODE_BATCH)
     loaded = tower.load("cpu")
-    FeatureCache(cache, loaded.fingerprint, (loaded.num_image_tokens, loaded.hidden_size))
+    FeatureCache(cache, loaded.fingerprint, (loaded.num_features, loaded.hidden_size))
     limits = ImageLimits(10**6, 10**6, 10**3, 20.0)
     return Encoding(tower, Encoders(1, 1.0, 0.0, 1), limits, folder / "pictures", cache / loaded.fingerprint)
 
