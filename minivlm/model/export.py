@@ -35,6 +35,7 @@ from minivlm.model.llava import (
     read_projector,
     write_own_settings,
 )
+from minivlm.model.loading import compare_weights
 from minivlm.model.projector import describe_projector
 from minivlm.model.tokenizer import load_tokenizer
 from minivlm.model.vision import VisionTower, load_vision_model, vision_classes
@@ -138,7 +139,11 @@ def load_export_tower(
         model_class, processor_class = vision_classes(config.vision_config)
         image_processor = processor_class.from_pretrained(str(directory), local_files_only=True)
         model = model_class(config.vision_config)
-        model.load_state_dict(_vision_weights(directory))
+        weights = _vision_weights(directory)
+        problem = compare_weights(weights, model.state_dict())
+        if problem is not None:
+            raise ValueError(problem)
+        model.load_state_dict(weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} holds no complete vision tower: {error}") from error
     return VisionTower(

@@ -6,6 +6,7 @@ Called by training before the first stage; later stages read an export instead.
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -15,6 +16,8 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+
+from minivlm.model.loading import explain_loading
 
 CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,
@@ -86,17 +89,27 @@ def language_config(architecture: str, sizes: dict[str, Any], vocab_size: int) -
 
 def _load(path: str, vocab_size: int) -> PreTrainedModel:
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"No language model under `{path}` ({str(error).splitlines()[0]}). Type model.language_model.path=FOLDER "
             "with config.json and safetensors, or leave it out for a random model"
         ) from error
-    if report["missing_keys"] or report["mismatched_keys"]:
-        absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-        raise ValueError(f"The language model under `{path}` lacks {len(absent)} weights, for example {absent[0]}")
+    problem = explain_loading(model, info)
+    if problem is not None:
+        raise ValueError(
+            f"The language model under `{path}` is not the one that its config.json describes: {problem}. "
+            "Type model.language_model.path=FOLDER with the weights as `save_pretrained` writes them"
+        )
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # the file has a head of its own, whatever its config.json says
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size)
     return model

@@ -21,6 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.model.image_tokens import CLASS_TOKENS, PROJECTOR_SIZES, count_features, count_image_tokens
+from minivlm.model.loading import explain_loading
 from minivlm.model.projector import LinearProjector, MlpProjector, Projector, build_projector, describe_projector
 from minivlm.model.tokenizer import token_id
 from minivlm.model.vlm import MiniVLM
@@ -151,7 +152,7 @@ def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
     """
     config, is_plain = read_llava_config(directory)
     try:
-        llava, report = (LlavaForConditionalGeneration if is_plain else OwnLlava).from_pretrained(
+        llava, info = (LlavaForConditionalGeneration if is_plain else OwnLlava).from_pretrained(
             str(directory),
             config=config,
             key_mapping=None if is_plain else {"^language_model.lm_head": "lm_head"},
@@ -160,21 +161,17 @@ def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
-    num_keys = len(llava.state_dict())
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
-    if missing or unexpected or mismatched:
-        raise CheckpointError(
-            f"{directory}: {num_keys - len(missing)} weights matched, {len(missing)} missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}, mismatched {mismatched[:3]}"
-        )
+    problem = explain_loading(llava, info)
+    if problem is not None:
+        raise CheckpointError(f"{directory}: {problem}")
     layer = config.vision_feature_layer
     if config.vision_feature_select_strategy != "full" or not isinstance(layer, int) or layer >= 0:
         raise CheckpointError(f"{directory}: only one negative vision_feature_layer with strategy `full` is supported")
-    return llava, num_keys
+    return llava, len(llava.state_dict())
 
 
 def read_projector(llava: LlavaForConditionalGeneration, directory: Path) -> Projector:

@@ -11,12 +11,14 @@ from typing import Self, TypeAlias
 
 import torch
 from PIL.Image import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedConfig, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from minivlm.model.image_tokens import count_features, read_tower_config
+from minivlm.model.loading import explain_loading
 
 VisionModel: TypeAlias = CLIPVisionModel | SiglipVisionModel
 ImageProcessor: TypeAlias = CLIPImageProcessorPil | SiglipImageProcessorPil
@@ -126,23 +128,18 @@ def load_vision_model(path: str) -> tuple[VisionModel, ImageProcessor]:
     """The float32 vision half of a folder or hub id, and its image processor; errors as `VisionTower.load`."""
     model_class, processor_class = vision_classes(read_tower_config(path))
     try:
-        model, report = model_class.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        model, info = model_class.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         image_processor = processor_class.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"No vision tower under `{path}` ({str(error).splitlines()[0]}). Type clip.path=FOLDER with "
             "config.json, model.safetensors and preprocessor_config.json, or leave it out to train one"
         ) from error
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise ValueError(f"The vision tower under `{path}` lacks {len(absent)} weights, for example {absent[0]}")
-    unread = sorted(key for key in report["unexpected_keys"] if not key.startswith(OTHER_HALF))
-    if unread:
-        raise ValueError(
-            f"{len(unread)} weights under `{path}` belong to no layer that its config.json has, for example {unread[0]}"
-        )
+    problem = explain_loading(model, info, ignored=OTHER_HALF)
+    if problem is not None:
+        raise ValueError(f"The vision tower under `{path}` is not the one that its config.json describes: {problem}")
     return model, image_processor
 
 

@@ -19,11 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minivlm.model.checkpoint import CheckpointError
+from minivlm.model.loading import compare_shapes
 
 MASTER = "master"
 """The float32 weights that the optimizer updates."""
-
-SHOWN_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class SavedShards:
             CheckpointError: the message counts matched, missing, unexpected and mis-sized parameters.
         """
         saved = {name: self._size(name) for name, key in self._places if key == MASTER}
-        report = loading_report(saved, sizes)
+        report = compare_shapes(saved, sizes)
         if report is not None:
             raise CheckpointError(
                 f"{self._directory} is the state of another model: {report}. Delete {self._directory.parent}"
@@ -118,17 +117,3 @@ class SavedShards:
 
     def _size(self, name: str) -> int:
         return max(start + length for start, length, *_ in self._places[name, MASTER])
-
-
-def loading_report(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with weights found (name -> shape or size) where others are expected; None if nothing is."""
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    both = sorted(expected.keys() & found.keys())
-    unlike = [f"{name} {found[name]} instead of {expected[name]}" for name in both if found[name] != expected[name]]
-    if not missing and not unexpected and not unlike:
-        return None
-    return (
-        f"{len(both) - len(unlike)} weights matched, {len(missing)} missing {missing[:SHOWN_NAMES]}, "
-        f"{len(unexpected)} unexpected {unexpected[:SHOWN_NAMES]}, "
-        f"{len(unlike)} of another shape {unlike[:SHOWN_NAMES]}"
-    )
