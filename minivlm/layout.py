@@ -2,7 +2,7 @@
 
     datasets/miniworld-H      drawn pictures and LLaVA JSON        samples-H    validated rows, quarantine
     datasets/samples-H/STAGE-H  drawn/: which of them the stage trains on; its token tables
-    pictures/                 those that lay inside of rows
+    pictures/                 those that lay inside of rows, and frames of videos
     tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
     clip_scores/F             how well rows' texts fit their pictures, where asked
     runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
@@ -40,7 +40,7 @@ def draw_dir(config: Config, stage: str) -> Path:
 
 
 def pictures_dir(config: Config) -> Path:
-    """Pictures that lay inside of rows, each under its digest."""
+    """Pictures that lay inside of rows and chosen frames of videos, each under its digest."""
     return config.root / "pictures"
 
 

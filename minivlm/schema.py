@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<image>"
+VIDEO_PLACEHOLDER = "<video>"
+"""Of a row in a data file; a sample has one `<image>` for each of the frames instead."""
 
 
 @dataclass(frozen=True)

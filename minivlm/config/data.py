@@ -135,6 +135,32 @@ class DataConfig(Frozen):
     max_aspect_ratio: PositiveFloat = 20.0
     """Longest over shortest side; more is refused before any resize (a 1 x 600 picture would cost 293 MB)."""
 
+    turns: Literal["all", "first"] = "all"
+    """What is kept of a conversation: every turn, each answer and its end token learned; or only up to the end of the
+    first answer, as MiniMind-V's fine-tuning data, so that long texts do not weigh a small model down."""
+
+    video_frames: int = Field(8, ge=1, le=64)
+    """Pictures that a video becomes, at most: a frame is taken once."""
+
+    video_rule: Literal["uniform", "scene"] = "uniform"
+    """`uniform`: in the middles of equal parts of the time. `scene`: the first frame and those that differ most from
+    the one before (decodes all of the video). minivlm/data/video.py has the exact rules."""
+
+    video_side_px: PositiveInt = 768
+    """Longest side of a frame that is kept; larger ones are made smaller."""
+
+    max_video_bytes: PositiveInt = 512 * 1024 * 1024
+    """Largest video file, in bytes."""
+
+    max_video_s: PositiveFloat = 3600.0
+    """Longest video, in seconds."""
+
+    max_video_frames: PositiveInt = 120_000
+    """Most frames decoded of one video. Their pixels and shape are limited as those of pictures."""
+
+    max_video_decode_s: PositiveFloat = 300.0
+    """Most CPU time for one video, in seconds."""
+
 
 class MiniworldConfig(Frozen):
     """The embedded data set: drawn scenes whose truth is known. Every field is an argument of `build_miniworld`."""

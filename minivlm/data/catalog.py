@@ -14,7 +14,13 @@ from minivlm.data.errors import DataError
 from minivlm.data.readers import ENDINGS
 
 HUB = "hf://datasets/"
-OUR_NAMES = {"messages": "conversations", "images": "images", "chosen": "chosen", "rejected": "rejected"}
+OUR_NAMES = {
+    "messages": "conversations",
+    "images": "images",
+    "videos": "videos",
+    "chosen": "chosen",
+    "rejected": "rejected",
+}
 """LLaMA-Factory's names of columns -> the keys that `minivlm.data.formats` knows."""
 
 

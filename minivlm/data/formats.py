@@ -2,6 +2,7 @@
 
     sample:      {"id", "images": [name | bytes], "conversations": [{"from", "value"}], "task", "language", "answer"}
     preference:  {"id", "images": [name | bytes], "question", "chosen", "rejected", "answer_gt"}
+    both:        "videos": [name | bytes], where there are any, under `video` or `videos`
 
 | format | its mark | source |
 |---|---|---|
@@ -27,7 +28,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minivlm.data.errors import RowError
-from minivlm.schema import IMAGE_PLACEHOLDER
+from minivlm.schema import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 
 Row = dict[str, Any]
 
@@ -35,9 +36,13 @@ SHARED_KEYS = ("id", "task", "language", "answer", "answer_gt", "split")
 """Mean the same in every format."""
 
 CAPTION_PROMPT = "Describe the image."
-"""Question of rows that have a caption and nothing else (WebDataset's `txt`)."""
+VIDEO_CAPTION_PROMPT = "Describe the video."
+"""Questions of rows that have a caption and nothing else (WebDataset's `txt`)."""
 
 WEBDATASET_PICTURE = re.compile(r"(?:(\d{1,6})\.)?(?:jpg|jpeg|png|webp|gif|bmp)", re.IGNORECASE)
+WEBDATASET_VIDEO = re.compile(r"(?:(\d{1,6})\.)?(?:mp4|mov|webm|mkv|avi)", re.IGNORECASE)
+
+PART_PLACES = {"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}
 
 MARKS = (
     ("__key__", "WebDataset"),
@@ -80,7 +85,9 @@ def normalize(row: Mapping[str, Any]) -> Row:
     if "rejected" in row and name != "WebDataset":
         name = "preference"
     shared = {key: row[key] for key in SHARED_KEYS if key in row}
-    return shared | CONVERTERS[name](row)
+    found = shared | CONVERTERS[name](row)
+    videos = _only(row, ("videos", "video"), "videos")
+    return found | {"videos": videos} if videos else found
 
 
 def rated_columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -116,9 +123,13 @@ def _picture(value: Any) -> str | bytes:
 
 
 def _pictures_of(row: Mapping[str, Any]) -> list[str | bytes]:
-    found = {key: images for key in ("images", "image", "image_bytes") if (images := pictures(row.get(key)))}
+    return _only(row, ("images", "image", "image_bytes"), "pictures")
+
+
+def _only(row: Mapping[str, Any], keys: tuple[str, ...], what: str) -> list[str | bytes]:
+    found = {key: files for key in keys if (files := pictures(row.get(key)))}
     if len(found) > 1:
-        raise RowError(f"pictures under several keys: {', '.join(found)}")
+        raise RowError(f"{what} under several keys: {', '.join(found)}")
     return next(iter(found.values()), [])
 
 
@@ -156,11 +167,9 @@ def _texts(row: Mapping[str, Any]) -> Row:
 
 
 def _webdataset(row: Mapping[str, Any]) -> Row:
-    """Members of one key: pictures (`.jpg`, or `.0.jpg .1.jpg`), and `json` (a row of another format, or {caption}) or
-    `txt` (a caption)."""
-    found = {name: place for name in row if (place := WEBDATASET_PICTURE.fullmatch(name))}
-    images = [row[name] for name in sorted(found, key=lambda name: int(found[name][1] or -1))]
-    named: Row = {"id": row["__key__"], "images": images}
+    """Members of one key: files (`.jpg`, or `.0.jpg .1.jpg`), `json` (another format's row, or {caption}) or `txt`."""
+    images, videos = _members(row, WEBDATASET_PICTURE), _members(row, WEBDATASET_VIDEO)
+    named: Row = {"id": row["__key__"], "images": images} | ({"videos": videos} if videos else {})
     inner = _inner(row)
     if any(inner.get(key) is not None for key in ("conversations", "messages", "texts", "rejected")):
         return normalize({key: value for key, value in inner.items() if key != "__key__"} | named)
@@ -169,11 +178,17 @@ def _webdataset(row: Mapping[str, Any]) -> Row:
         caption = _member(row, "txt")
     if not isinstance(caption, str):
         raise RowError("no caption: a sample needs a .txt or .json member")
-    if not images:
+    if not images and not videos:
         raise RowError("a caption without a picture: members of one key must stand together")
     named |= {key: inner[key] for key in SHARED_KEYS if key in inner and key != "id"}
-    question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + CAPTION_PROMPT
+    question = f"{IMAGE_PLACEHOLDER}\n" * len(images) + f"{VIDEO_PLACEHOLDER}\n" * len(videos)
+    question += VIDEO_CAPTION_PROMPT if videos else CAPTION_PROMPT
     return named | {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]}
+
+
+def _members(row: Mapping[str, Any], names: re.Pattern[str]) -> list[Any]:
+    found = {name: place for name in row if (place := names.fullmatch(name))}
+    return [row[name] for name in sorted(found, key=lambda name: int(found[name][1] or -1))]
 
 
 def _inner(row: Mapping[str, Any]) -> Row:
@@ -259,11 +274,11 @@ def _turns(value: Any) -> list[Row]:
 
 def _part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        return f"{IMAGE_PLACEHOLDER}\n"
+    if kind in PART_PLACES:
+        return f"{PART_PLACES[kind]}\n"
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise RowError("a part of `content` must be {type: text, text} or {type: image}")
+    raise RowError("a part of `content` must be {type: text, text}, {type: image} or {type: video}")
 
 
 def _with_places(question: str, turns: list[Row], images: list[str | bytes]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -30,7 +30,7 @@ _DECODER_ERRORS = (
 
 
 class BadImage(ValueError):
-    """A picture or its path is refused; the text is the reason."""
+    """A picture or a video, or its path, is refused; the text is the reason."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
         raise BadImage(f"{len(data)} bytes, more than data.max_image_bytes={limits.max_bytes}")
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.size, limits)
+            check_size(image.size, limits)
             image.load()
             upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            return to_rgb(upright)
     except BadImage:
         raise
-    except _DECODER_ERRORS as error:
-        raise BadImage(f"not a readable picture ({type(error).__name__}: {_one_line(error)})") from None
+    except DECODER_ERRORS as error:
+        raise BadImage(f"not a readable picture ({type(error).__name__}: {one_line(error)})") from None
 
 
 def resolve_image(root: Path, name: str) -> Path:
@@ -109,7 +109,12 @@ def read_image(path: Path, limits: ImageLimits) -> tuple[Image.Image, str]:
     return open_image(data, limits), hashlib.sha256(data).hexdigest()
 
 
-def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+def check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Width and height of a picture, or of a frame of a video, against the limits.
+
+    Raises:
+        BadImage: naming the limit.
+    """
     width, height = size
     if min(size) < 1:
         raise BadImage(f"{width} x {height} pixels")
@@ -121,7 +126,8 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
         raise BadImage(f"{width} x {height} pixels, a longer shape than data.max_aspect_ratio={limits.max_aspect:g}")
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any mode as RGB; transparency is laid on white, 16 bits scaled to 8."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255
         deep = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
@@ -132,5 +138,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text without line ends, not too long."""
     return " ".join(str(error).split())[:160]

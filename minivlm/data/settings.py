@@ -10,6 +10,7 @@ from minivlm.data.miniworld.write import FILES as MINIWORLD
 from minivlm.data.mixture import SourceRule, StageRule
 from minivlm.data.scorer import Scoring
 from minivlm.data.validate import Rules, Source
+from minivlm.data.video import VideoRules
 from minivlm.model.image_tokens import CLASS_TOKENS, count_features, count_image_tokens, read_tower_config
 from minivlm.storage import content_hash
 
@@ -35,8 +36,17 @@ def sources(config: Config) -> list[Source]:
 def rules(config: Config) -> Rules:
     """What rows must keep to."""
     data = config.data
-    folder = str(layout.pictures_dir(config))
-    return Rules(image_limits(config), data.val_fraction, data.test_fraction, folder, *data.mixture.finds_by)
+    with_keys, with_signatures = data.mixture.finds_by
+    return Rules(
+        limits=image_limits(config),
+        val_fraction=data.val_fraction,
+        test_fraction=data.test_fraction,
+        pictures_dir=str(layout.pictures_dir(config)),
+        video=video_rules(config),
+        turns=data.turns,
+        with_keys=with_keys,
+        with_signatures=with_signatures,
+    )
 
 
 def source_rules(config: Config, stage: str) -> list[SourceRule]:
@@ -85,6 +95,20 @@ def image_limits(config: Config) -> ImageLimits:
     """Caps on pictures."""
     data = config.data
     return ImageLimits(data.max_image_bytes, data.max_image_pixels, data.max_image_side_px, data.max_aspect_ratio)
+
+
+def video_rules(config: Config) -> VideoRules:
+    """What is taken of videos, and caps on them."""
+    data = config.data
+    return VideoRules(
+        num_frames=data.video_frames,
+        rule=data.video_rule,
+        side_px=data.video_side_px,
+        max_bytes=data.max_video_bytes,
+        max_seconds=data.max_video_s,
+        max_frames=data.max_video_frames,
+        max_decode_s=data.max_video_decode_s,
+    )
 
 
 def tower_shape(config: Config, *, local_files_only: bool = False) -> tuple[int, int]:

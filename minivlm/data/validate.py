@@ -15,16 +15,18 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from minivlm.data.batches import payload_block
+from minivlm.data.chat import count_placeholders
+from minivlm.data.clips import Clip, ClipRules, Kept, keep_picture, open_clip, place_frames
 from minivlm.data.duplicates import row_key, text_signature
 from minivlm.data.errors import DataError, RowError
 from minivlm.data.formats import rated_columns
-from minivlm.data.images import BadImage, ImageLimits, open_image, read_image, resolve_image
+from minivlm.data.images import BadImage, ImageLimits, read_image, resolve_image
 from minivlm.data.ratings import Ratings, read_ratings
 from minivlm.data.readers import read_part
 from minivlm.data.samples import DrawColumns, pair_columns, sample_columns
 from minivlm.data.sources import decode_row, parse_row, text_field, to_pair, to_sample
+from minivlm.data.video import VideoRules
 from minivlm.schema import BadRow, PreferencePair, Sample
-from minivlm.storage import write_bytes
 
 Row = TypeVar("Row", Sample, PreferencePair)
 
@@ -52,24 +54,28 @@ class Source:
 class Rules:
     """What a row must keep to, how rows without a split get one, and where pictures go that lie inside of rows.
 
-    `with_keys` and `with_signatures` ask for what duplicates are found by.
+    `turns` is all or first: what is kept of a conversation. `with_keys` and `with_signatures` ask for what duplicates
+    are found by.
     """
 
     limits: ImageLimits
     val_fraction: float
     test_fraction: float
     pictures_dir: str
+    video: VideoRules
+    turns: str
     with_keys: bool = False
     with_signatures: bool = False
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Rows of one chunk: dicts of the parquet columns, and those set aside."""
+    """Rows of one chunk: dicts of the parquet columns, and those set aside. Of good rows the videos by their names."""
 
     samples: list[dict[str, Any]] = field(default_factory=list)
     pairs: list[dict[str, Any]] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)
+    videos: list[tuple[str, Clip]] = field(default_factory=list)
 
 
 def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Checked:
@@ -79,6 +85,8 @@ def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Che
         default_id = f"{Path(source.path).stem}-{number}"
         try:
             row = parse_row(raw, dict(source.columns))
+            clips = _open_clips(row, source, rules)
+            row = place_frames(row, clips) if clips else row
             if source.stage == "mpo":
                 pair = _with_pictures(to_pair(row, default_id=default_id), row["images"], source, rules)
                 drawing = _pair_drawing(pair, raw, source, rules)
@@ -86,19 +94,36 @@ def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Che
                 checked.pairs.append(pair_columns(pair, source.path, number, task, drawing))
             else:
                 sample = to_sample(row, stage=source.stage, split=source.split, task=source.task, default_id=default_id)
-                sample = _with_split(_with_pictures(sample, row["images"], source, rules), rules)
-                drawing = _sample_drawing(sample, raw, source, rules)
+                ratings = _ratings(raw, source, _num_answers(sample))
+                if rules.turns == "first":
+                    sample = first_exchange(sample)
+                pictures = row["images"][: count_placeholders(sample.messages)]
+                sample = _with_split(_with_pictures(sample, pictures, source, rules), clips, rules)
+                drawing = _sample_drawing(sample, ratings, source, rules)
                 checked.samples.append(sample_columns(sample, source.path, number, drawing))
+            names = (video if isinstance(video, str) else "in the row" for video in row.get("videos", ()))
+            checked.videos.extend(zip(names, clips, strict=True))
         except (RowError, BadImage) as error:
             checked.bad.append(BadRow(source.path, number, str(error)))
     return checked
 
 
-def _sample_drawing(sample: Sample, raw: Any, source: Source, rules: Rules) -> DrawColumns:
+def first_exchange(sample: Sample) -> Sample:
+    """The conversation up to the end of its first answer; what comes later is left out, with its pictures."""
+    answers = [place for place, message in enumerate(sample.messages) if message.role == "assistant"]
+    return replace(sample, messages=sample.messages[: answers[0] + 1]) if answers else sample
+
+
+def _num_answers(sample: Sample) -> int:
+    return sum(message.role == "assistant" for message in sample.messages)
+
+
+def _sample_drawing(sample: Sample, ratings: Ratings | None, source: Source, rules: Rules) -> DrawColumns:
+    """Ratings of answers that were left out are left out too."""
     questions = [message.content for message in sample.messages if message.role == "user"]
     answers = [message.content for message in sample.messages if message.role == "assistant"]
-    ratings = _ratings(raw, source, len(answers))
-    return _drawing(sample.image_sha256, questions, answers, ratings, source, rules)
+    kept = ratings and [values and values[: len(answers)] for values in ratings]
+    return _drawing(sample.image_sha256, questions, answers, kept, source, rules)
 
 
 def _pair_drawing(pair: PreferencePair, raw: Any, source: Source, rules: Rules) -> DrawColumns:
@@ -142,6 +167,9 @@ ROWS_PER_CHUNK = 500
 BYTES_PER_CHUNK = 16 * 2**20
 """Whichever comes first: rows may hold pictures."""
 
+VIDEO_BYTES = 2**20
+"""What a row that names a video counts for: decoding takes seconds."""
+
 
 def read_chunks(block: pa.Table) -> Iterator[pa.Table]:
     """Ray Data task: (part, source, rules) -> chunks of (numbered raw rows, is_last, source, rules), one row each.
@@ -155,7 +183,7 @@ def read_chunks(block: pa.Table) -> Iterator[pa.Table]:
         try:
             for number, raw in read_part(part):
                 chunk.append((number, raw))
-                num_bytes += _size(raw)
+                num_bytes += _size(raw) + VIDEO_BYTES * _names_video(raw)
                 if len(chunk) == ROWS_PER_CHUNK or num_bytes > BYTES_PER_CHUNK:
                     yield payload_block((chunk, False, source, rules))
                     chunk, num_bytes = [], 0
@@ -187,6 +215,12 @@ def _size(raw: Any) -> int:
     return sum(_size(value) for value in values) + 8
 
 
+def _names_video(raw: Any) -> bool:
+    if isinstance(raw, bytes):
+        return b'"video' in raw
+    return isinstance(raw, dict) and ("video" in raw or "videos" in raw)
+
+
 HELD_OUT_FIRST = ("test", "val", "train")
 """A row with several pictures goes where the most closely kept of them belongs: none of those is trained on."""
 
@@ -199,44 +233,49 @@ def choose_split(digest: str, val_fraction: float, test_fraction: float) -> str:
     return "val" if place < test_fraction + val_fraction else "train"
 
 
-def _with_split(sample: Sample, rules: Rules) -> Sample:
+def _with_split(sample: Sample, clips: list[Clip], rules: Rules) -> Sample:
+    """A video counts as one picture: its frames go where its bytes belong."""
     if sample.split != "auto":
         return sample
-    digests = sample.image_sha256 or (sha256(sample.sample_id.encode()).hexdigest(),)
+    videos = {frame.digest: clip.digest for clip in clips for frame in clip.frames}
+    digests = [videos.get(digest, digest) for digest in sample.image_sha256] or (
+        sha256(sample.sample_id.encode()).hexdigest(),
+    )
     splits = {choose_split(digest, rules.val_fraction, rules.test_fraction) for digest in digests}
     return replace(sample, split=min(splits, key=HELD_OUT_FIRST.index))
 
 
-def _with_pictures(row: Row, given: list[str | bytes], source: Source, rules: Rules) -> Row:
+def _open_clips(row: dict[str, Any], source: Source, rules: Rules) -> list[Clip]:
+    kept_to = ClipRules(rules.video, rules.limits, rules.pictures_dir)
+    return [open_clip(video, Path(source.image_root), kept_to) for video in row.get("videos", ())]
+
+
+def _with_pictures(row: Row, given: list[str | bytes | Kept], source: Source, rules: Rules) -> Row:
     """The same row with absolute paths and digests of its pictures, all of them opened and decoded."""
-    pictures = [
-        _keep_picture(picture, rules) if isinstance(picture, bytes) else _check_file(source, picture, rules.limits)
-        for picture in given
-    ]
-    paths, digests = tuple(path for path, _ in pictures), tuple(digest for _, digest in pictures)
-    return replace(row, images=paths, image_sha256=digests)
+    kept = [_kept(picture, source, rules) for picture in given]
+    return replace(
+        row, images=tuple(picture.path for picture in kept), image_sha256=tuple(picture.digest for picture in kept)
+    )
 
 
-def _keep_picture(data: bytes, rules: Rules) -> tuple[str, str]:
-    """(path, digest) of a picture that was inside of a row: written once, under its digest.
+def _kept(picture: str | bytes | Kept, source: Source, rules: Rules) -> Kept:
+    """A named file, a picture that was inside of the row, or a frame of a video.
 
     Raises:
         BadImage: it cannot be opened.
     """
+    if isinstance(picture, Kept):
+        return picture
+    if isinstance(picture, str):
+        return _check_file(source, picture, rules.limits)
     try:
-        open_image(data, rules.limits)
+        return keep_picture(picture, rules.limits, rules.pictures_dir)
     except BadImage as error:
         raise BadImage(f"image in the row: {error}") from None
-    digest = sha256(data).hexdigest()
-    path = Path(rules.pictures_dir) / digest[:2] / digest
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, data, sync=False)
-    return str(path), digest
 
 
-def _check_file(source: Source, name: str, limits: ImageLimits) -> tuple[str, str]:
-    """(path, digest).
+def _check_file(source: Source, name: str, limits: ImageLimits) -> Kept:
+    """The file as it is.
 
     Raises:
         BadImage: naming the picture.
@@ -249,7 +288,7 @@ def _check_file(source: Source, name: str, limits: ImageLimits) -> tuple[str, st
     digest, reason = _digest(str(path), status.st_mtime_ns, status.st_size, limits)
     if reason:
         raise BadImage(f"image {name!r}: {reason}")
-    return str(path), digest
+    return Kept(str(path), digest)
 
 
 @lru_cache(maxsize=100_000)

@@ -17,6 +17,7 @@ from minivlm import layout
 from minivlm.config import Config
 from minivlm.data.catalog import AnnotationFile, find_files
 from minivlm.data.chat import IGNORE, encode_chat
+from minivlm.data.clips import Clip
 from minivlm.data.errors import RowError
 from minivlm.data.formats import format_name
 from minivlm.data.images import read_image
@@ -56,6 +57,7 @@ def inspect_source(config: Config, path: str, *, stage: str, image_root: Path | 
         checked.samples.extend(found.samples)
         checked.pairs.extend(found.pairs)
         checked.bad.extend(found.bad)
+        checked.videos.extend(found.videos)
     good: list[dict[str, Any]] = [*checked.samples, *checked.pairs]
     lines = [f"{path}: {len(files)} file(s), the first {max_rows} rows of each", *_table("format", formats)]
     lines.append(f"{'usable':<12}{len(good)} rows as {stage}, {len(checked.bad)} bad")
@@ -64,7 +66,12 @@ def inspect_source(config: Config, path: str, *, stage: str, image_root: Path | 
         first = checked.bad[0]
         lines.append(f"{'first bad':<12}{first.file}, row {first.row}: {first.reason}")
     if good:
-        lines += [*_counts(checked), *_pictures(config, good, preview), *_tokens(config, good, colour)]
+        lines += [
+            *_counts(checked),
+            *_videos(config, checked.videos, preview),
+            *_pictures(config, good, preview),
+            *_tokens(config, good, colour),
+        ]
     return lines
 
 
@@ -102,10 +109,28 @@ def _pictures(config: Config, rows: list[dict[str, Any]], preview: bool) -> list
     lines = [f"{'pictures':<12}{uses} in rows, {len(paths)} distinct",
              _spread("per row", [len(row["images"]) for row in rows], "pictures")]  # fmt: skip
     for path in islice(paths.values(), 3):
-        picture, _ = read_image(Path(path), image_limits(config))
-        lines.append(f"{'picture':<12}{picture.width} x {picture.height} px, {path}")
-        lines += list(half_blocks(picture)) if preview else []
+        lines += _picture(config, "picture", path, preview)
     return lines
+
+
+def _picture(config: Config, name: str, path: str, preview: bool) -> list[str]:
+    picture, _ = read_image(Path(path), image_limits(config))
+    line = f"{name:<12}{picture.width} x {picture.height} px, {path}"
+    return [line, *half_blocks(picture)] if preview else [line]
+
+
+def _videos(config: Config, videos: list[tuple[str, Clip]], preview: bool) -> list[str]:
+    """The first of them with the times of their frames; the first one's frames are drawn."""
+    if not videos:
+        return []
+    distinct = {clip.digest: (name, clip) for name, clip in videos}
+    asked = f"{config.data.video_rule}, at most {config.data.video_frames} frames"
+    lines = [f"{'videos':<12}{len(videos)} in rows, {len(distinct)} distinct; {asked}"]
+    for name, clip in islice(distinct.values(), 3):
+        times = " ".join(f"{seconds:.2f}" for seconds in clip.seconds)
+        lines.append(f"{'video':<12}{name}: {len(clip.frames)} frames, at {times} s")
+    first = videos[0][1].frames if preview else ()
+    return [*lines, *(line for frame in first for line in _picture(config, "frame", frame.path, preview))]
 
 
 def half_blocks(picture: Image.Image) -> Iterable[str]:

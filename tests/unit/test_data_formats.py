@@ -13,6 +13,7 @@ from minivlm.data.images import ImageLimits
 from minivlm.data.readers import read_rows
 from minivlm.data.validate import Checked, Rules, Source, check_rows
 from tests.data_formats import CAPTIONS, CONVERSATIONS, PAIRS, PREFERENCES, TEXT, write_all
+from tests.videos import VIDEO
 
 LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, max_side=2000, max_aspect=20.0)
 
@@ -29,7 +30,9 @@ def check(path: Path, stage: str, tmp_path: Path, subset: str | None = None) -> 
     for file in find_files(str(path), None, subset):
         columns = tuple(file.columns.items())
         source = Source(str(file.path), str(file.image_root), stage, "train", "caption", columns, file.repeat)
-        found = check_rows(list(read_rows(file.path)), source, Rules(LIMITS, 0.1, 0.1, str(tmp_path / "pictures")))
+        found = check_rows(
+            list(read_rows(file.path)), source, Rules(LIMITS, 0.1, 0.1, str(tmp_path / "pictures"), VIDEO, "all")
+        )
         checked.samples.extend(found.samples)
         checked.pairs.extend(found.pairs)
         checked.bad.extend(found.bad)
@@ -81,7 +84,7 @@ def test_prompts_of_mmpr_have_a_question_and_the_truth(folder, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"image": "red.jpg", "question": "What colour?", "answer": "red"}) + "\n")
     source = Source(str(path), str(folder), "prompts", "train", "caption")
-    (sample,) = check_rows(list(read_rows(path)), source, Rules(LIMITS, 0.1, 0.1, str(tmp_path))).samples
+    (sample,) = check_rows(list(read_rows(path)), source, Rules(LIMITS, 0.1, 0.1, str(tmp_path), VIDEO, "all")).samples
     assert sample["messages"] == [{"role": "user", "content": "<image>\nWhat colour?"}]
     assert sample["answer"] == "red"
 
@@ -92,7 +95,7 @@ def test_prompts_of_mmpr_have_a_question_and_the_truth(folder, tmp_path):
         ({"text": "x"}, "no known format: keys text"),
         ({"conversations": "{"}, "`conversations` is text but not JSON"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "a turn needs `from`"),
-        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of `content`"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of `content`"),
         ({"texts": []}, "`texts` must be a list"),
         ({"texts": [{"user": "x"}]}, "an item of `texts`"),
         ({"prompt": "x", "chosen": 3, "rejected": "y"}, "a turn needs `from`"),
@@ -139,7 +142,7 @@ def test_a_mapped_column_wins_over_a_key_of_that_name(tmp_path):
     turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
     row = {"shots": ["red.jpg"], "images": ["blue.jpg"], "conversations": turns}
     source = Source("x.json", str(tmp_path), "sft", "train", "caption", (("shots", "images"),))
-    (sample,) = check_rows([(1, row)], source, Rules(LIMITS, 0.1, 0.1, str(tmp_path))).samples
+    (sample,) = check_rows([(1, row)], source, Rules(LIMITS, 0.1, 0.1, str(tmp_path), VIDEO, "all")).samples
     assert sample["images"][0].endswith("red.jpg")
 
 

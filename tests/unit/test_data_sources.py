@@ -14,6 +14,7 @@ from minivlm.data.samples import SampleWriter, iter_rows, load_pairs, load_pictu
 from minivlm.data.sources import parse_row, pictures_first, to_pair, to_sample
 from minivlm.data.validate import Rules, Source, check_rows, choose_split
 from minivlm.schema import BadRow, Message
+from tests.videos import VIDEO
 
 LIMITS = ImageLimits(max_bytes=1 << 20, max_pixels=1_000_000, max_side=2000, max_aspect=20.0)
 
@@ -161,7 +162,7 @@ def test_a_row_with_a_held_out_picture_is_held_out(tmp_path):
     for i, name in enumerate(names):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / name)
     source = Source(str(tmp_path / "f.json"), str(tmp_path), "sft", "auto", "caption")
-    rules = Rules(LIMITS, 0.3, 0.3, "")
+    rules = Rules(LIMITS, 0.3, 0.3, "", VIDEO, "all")
     alone = check_rows([(i, row("<image>", "x", image=name)) for i, name in enumerate(names)], source, rules).samples
     split = {sample["images"][0]: sample["split"] for sample in alone}
     assert set(split.values()) == {"train", "val", "test"}
@@ -182,7 +183,7 @@ def test_check_rows_resolves_digests_and_sets_aside(tmp_path):
         (4, row("<image>", "y", image="a.png")),
     ]
     source = Source(str(tmp_path / "f.json"), str(tmp_path), "sft", "train", "caption")
-    checked = check_rows(rows, source, Rules(LIMITS, 0.1, 0.1, ""))
+    checked = check_rows(rows, source, Rules(LIMITS, 0.1, 0.1, "", VIDEO, "all"))
     assert [item["row"] for item in checked.samples] == [1, 4]
     assert checked.samples[0]["images"] == (str(tmp_path / "a.png"),)
     assert checked.samples[0]["image_sha256"] == checked.samples[1]["image_sha256"]
@@ -197,14 +198,16 @@ def test_a_picture_replaced_between_two_runs_is_read_again(tmp_path):
     digests = []
     for size in (8, 9):
         Image.new("RGB", (size, size)).save(tmp_path / "a.png")
-        checked = check_rows([(1, row("<image>", "x", image="a.png"))], source, Rules(LIMITS, 0.1, 0.1, ""))
+        checked = check_rows(
+            [(1, row("<image>", "x", image="a.png"))], source, Rules(LIMITS, 0.1, 0.1, "", VIDEO, "all")
+        )
         digests.append(checked.samples[0]["image_sha256"])
     assert digests[0] != digests[1]
 
 
 def test_samples_and_pairs_round_trip(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    rules = Rules(LIMITS, 0.1, 0.1, "")
+    rules = Rules(LIMITS, 0.1, 0.1, "", VIDEO, "all")
     sft = Source("f.json", str(tmp_path), "sft", "val", "caption")
     mpo = Source("p.jsonl", str(tmp_path), "mpo", "train", "caption")
     samples = check_rows([(5, row("<image> 颜色?", "红", image="a.png", answer="红"))], sft, rules)
