@@ -125,7 +125,7 @@ class Film:
                 if moments and not is_decoding:
                     is_decoding = place >= self._start(moments[passed], stream.time_base)
                 for frame in decoder.decode(packet) if is_decoding else ():
-                    when = self._time(frame)
+                    when = self._time(frame, stream)
                     yield when, frame
                     while passed < len(moments) and when > moments[passed]:
                         passed += 1
@@ -135,19 +135,19 @@ class Film:
                     decoder.flush_buffers()
                     is_decoding = False
             for frame in decoder.decode(None):
-                yield self._time(frame), frame
+                yield self._time(frame, stream), frame
 
     def _start(self, moment: Fraction, unit: Fraction) -> int:
         """The last key frame that is shown no later than `moment`: its place among the packets."""
         index = bisect_right(self._key_times, moment / unit)
         return self._keys[index - 1] if index else 0
 
-    def _time(self, frame: VideoFrame) -> Fraction:
+    def _time(self, frame: VideoFrame, stream: VideoStream) -> Fraction:
         self._budget.spend(1)
         check_size((frame.width, frame.height), self._limits)
-        if frame.pts is None or frame.time_base is None:
+        if frame.pts is None:
             raise BadImage("not a readable video (frames without a time)")
-        return frame.pts * frame.time_base
+        return frame.pts * stream.time_base
 
     @contextmanager
     def _open(self) -> Iterator[tuple[InputContainer, VideoStream]]:
