@@ -35,6 +35,7 @@ from minivlm.layout import samples_dir, scores_root
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.vision import VisionTower
 from minivlm.schema import IMAGE_PLACEHOLDER
+from tests.videos import BLUE, RED, plain, write_film
 
 pytestmark = pytest.mark.cluster
 NUM_GOOD = 22
@@ -56,7 +57,7 @@ def llava_row(image: str, answer: str, question: str = "<image>\nWhat is it?") -
 
 
 def write_folder(folder: Path) -> None:
-    """30 LLaVA rows (22 good, on 11 pictures, one too long for the model) and 5 MMPR lines (3 good)."""
+    """30 LLaVA rows (22 good, on 11 pictures, one too long for the model) and 6 MMPR lines (4 good, one on a video)."""
     images = folder / "images"
     images.mkdir()
     for i in range(NUM_GOOD // 2):
@@ -78,7 +79,9 @@ def write_folder(folder: Path) -> None:
         pair | {"image": ""} | {"question": "2+2?"},
         pair | {"image": ["1.png", "2.png"]},
         pair | {"chosen": ""},
+        {"video": "film.mp4", "question": "<video>?", "chosen": "Red.", "rejected": "Blue."},
     ]
+    write_film(images / "film.mp4", plain([RED, BLUE]))
     (folder / "mpo.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"image": "1.p']))
 
 
@@ -119,24 +122,24 @@ def test_every_bad_row_is_quarantined_with_file_row_and_reason(config, folder):
     for line, reason in zip(sft, 2 * list(BAD_ROWS), strict=True):
         assert reason in line["reason"]
     mpo = [(line["row"], line["reason"]) for line in lines if line["file"].endswith("mpo.jsonl")]
-    assert [row for row, _ in mpo] == [4, 5]
+    assert [row for row, _ in mpo] == [4, 6]
     assert mpo[0][1] == "an empty answer (`chosen`)"
     assert mpo[1][1].startswith("not JSON")
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["rows"], summary["bad"]) == (65, 18)
+    assert (summary["rows"], summary["bad"]) == (66, 18)
 
 
 def test_good_rows_come_back_in_file_order_with_digests(config, folder):
     samples = load_samples(folder, stage="sft", split="train")
     assert [sample.sample_id for sample in samples] == [f"sft-{i + 1}" for i in range(NUM_GOOD)]
     assert len({sample.image_sha256 for sample in samples}) == NUM_GOOD // 2
-    assert [pair.question.count(IMAGE_PLACEHOLDER) for pair in load_pairs(folder)] == [1, 0, 2]
-    assert count_rows(config) == {"pretrain": NUM_GOOD, "sft": NUM_GOOD, "mpo": 3}
+    assert [pair.question.count(IMAGE_PLACEHOLDER) for pair in load_pairs(folder)] == [1, 0, 2, 2]
+    assert count_rows(config) == {"pretrain": NUM_GOOD, "sft": NUM_GOOD, "mpo": 4}
 
 
 def test_too_many_bad_rows_fail_with_one_clear_error(config):
     strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_fraction": 0.1})})
-    with pytest.raises(DataError, match=r"18 of 65 rows are bad.*sft\.json, row 23: .*nothing\.png") as caught:
+    with pytest.raises(DataError, match=r"18 of 66 rows are bad.*sft\.json, row 23: .*nothing\.png") as caught:
         prepare_samples(strict)
     assert not samples_dir(strict).exists()
     kept = Path(str(samples_dir(strict)) + ".rejected") / "quarantine.jsonl"
@@ -177,7 +180,7 @@ def test_rows_are_scored_by_actors_drawn_and_tokenized(config, folder, tmp_path)
 
 def test_each_distinct_picture_is_encoded_once_across_runs(config, folder):
     cache = prepare_features(config, config.clip.path)
-    assert cache.stat().distinct == cache.stat().encoded == NUM_GOOD // 2
+    assert cache.stat().distinct == cache.stat().encoded == NUM_GOOD // 2 + 2  # and the frames of the video
     again = prepare_features(config, config.clip.path)
     assert again.stat() == cache.stat()
 

@@ -72,6 +72,20 @@ def test_a_picture_used_twice_is_carried_once(tmp_path):
     assert batch["image_index"].tolist() == [0, 1, 0]
 
 
+def test_rows_of_text_alone_carry_no_picture(tmp_path):
+    asked = []
+
+    def no_features(digests: tuple[str, ...]) -> Tensor:
+        asked.append(digests)
+        return features(digests) if digests else torch.zeros(0, P, D, dtype=torch.bfloat16)
+
+    table = TokenTable.write(tmp_path / "t", [make_sample(0, [], 3), make_sample(1, [], 2)])
+    batch = collate(table, ((0, 1),), no_features, image_token_id=IMAGE, pad_token_id=PAD)
+    assert asked == [()]
+    assert (batch["image_features"].shape, batch["image_index"].shape) == ((0, P, D), (0,))
+    assert int((batch["labels"] != -100).sum()) == 5
+
+
 def test_the_zero_weight_batch_is_one_row_of_padding(tmp_path):
     table = TokenTable.write(tmp_path / "t", [make_sample(0, [1], 1)], reference_logps=[-1.0])
     batch = collate(table, (), features, image_token_id=IMAGE, pad_token_id=PAD)

@@ -23,14 +23,22 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """One part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def png_that_claims(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises a huge picture."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(b"\0" * 99))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+def sixteen_bit_png(values: np.ndarray, colour_type: int) -> bytes:
+    """One pixel; Pillow itself writes no 16-bit colours."""
+    header = struct.pack(">IIBBBBB", 1, 1, 16, colour_type, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + values.tobytes()))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
@@ -98,6 +106,26 @@ def test_other_modes_become_rgb(mode):
     kind = "JPEG" if mode == "CMYK" else "PNG"
     white = Image.new("RGB", (4, 4), "white").convert(mode)
     assert open_image(encode(white, kind), LIMITS).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_cmyk_keeps_its_colours():
+    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    picture = open_image(encode(cyan, "JPEG", quality=95), LIMITS)
+    assert np.abs(np.asarray(picture)[4, 4].astype(int) - [0, 255, 255]).max() <= 6
+
+
+def test_a_palette_with_a_clear_entry_lies_on_white():
+    picture = Image.new("P", (4, 4), 0)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 1), 1)
+    opened = open_image(encode(picture, "PNG", transparency=0), LIMITS)
+    assert [opened.getpixel((0, 0)), opened.getpixel((1, 1))] == [(255, 255, 255), (0, 0, 255)]
+
+
+@pytest.mark.parametrize(("channels", "colour_type"), [(3, 2), (4, 6)])
+def test_sixteen_bit_colour_keeps_the_upper_eight(channels, colour_type):
+    values = np.array([0x8000, 0x40FF, 0xFFFF, 0xFFFF][:channels], ">u2")
+    assert open_image(sixteen_bit_png(values, colour_type), LIMITS).getpixel((0, 0)) == (128, 64, 255)
 
 
 def test_an_animation_gives_its_first_frame():

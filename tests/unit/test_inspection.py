@@ -13,6 +13,7 @@ from minivlm.data.tokenizer import load_tokenizer, train_tokenizer
 from minivlm.schema import Message
 from minivlm.workflow.inspection import half_blocks, inspect_source, marked_tokens
 from tests.data_formats import write_all
+from tests.videos import BLUE, RED, plain, write_film
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,19 @@ def test_every_learned_token_is_marked_and_no_other(folder):
     text = marked_tokens(tokenizer, ids, labels, colour=True)
     assert text.count("\033[32m") == sum(label >= 0 for label in labels)
     assert "<image> x 4 " in text
+
+
+def test_videos_show_how_many_and_the_first_ones_frames(config, tmp_path):
+    write_film(tmp_path / "film.mp4", plain([RED, BLUE]))
+    turns = [{"from": "human", "value": "<video>?"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"video": "film.mp4", "conversations": turns}] * 3))
+    text = report(config, tmp_path / "rows.json", preview=True)
+    assert re.search(r"videos +3 in rows, 1 distinct; uniform, at most 8 frames", text)
+    assert re.search(r"video +film.mp4: 2 frames, at 0.00 0.10 s", text)
+    assert re.search(r"pictures +6 in rows, 2 distinct", text)
+    frames = text[text.index("\nframe ") : text.index("\npictures ")]
+    assert frames.count("48 x 32 px") == 2
+    assert frames.count("\u2580") == 2 * 32 * 11
 
 
 def test_a_preview_has_the_pictures_colours():
