@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import BinaryIO
+from io import BufferedIOBase
 
 import av
 from av import VideoFrame
@@ -80,14 +80,14 @@ class Budget:
 class Film:
     """Frames of a file that FFmpeg reads."""
 
-    def __init__(self, file: BinaryIO, kind: str, limits: ImageLimits, budget: Budget) -> None:
+    def __init__(self, file: BufferedIOBase, kind: str, limits: ImageLimits, budget: Budget) -> None:
         self._file, self._kind, self._limits, self._budget = file, kind, limits, budget
         self._keys, self._key_times = array("q"), array("q")  # places of key frames among the packets, and times
 
     def span(self) -> tuple[Fraction, Fraction]:
         """Time of the first frame and of the end of the last, in seconds. Reads all packets and decodes none."""
         count, shown, first, last, latest = 0, 0, 2**63, -(2**63), Fraction(0)
-        with self._open() as (container, stream):
+        with self._open() as (container, stream, unit):
             for packet in container.demux():
                 self._budget.spend(0)
                 when = packet.dts if packet.pts is None else packet.pts
@@ -111,7 +111,7 @@ class Film:
                 raise BadImage("no frame in the video")
             _check_end(container, latest)
             frame = Fraction(last - first, shown - 1) if shown > 1 else Fraction(0)
-            return first * stream.time_base, (last + frame) * stream.time_base
+            return first * unit, (last + frame) * unit
 
     def frames(self, moments: Sequence[Fraction]) -> Iterator[tuple[Fraction, VideoFrame]]:
         """Frames in order of time; between two moments those may be left out that stand before the last key frame.
@@ -119,38 +119,38 @@ class Film:
         Args:
             moments: increasing, in seconds; none gives all frames.
         """
-        with self._open() as (container, stream):
+        with self._open() as (container, stream, unit):
             decoder, passed, is_decoding = stream.codec_context, 0, True
             for place, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
                 if moments and not is_decoding:
-                    is_decoding = place >= self._start(moments[passed], stream.time_base)
+                    is_decoding = place >= self._start(moments[passed], unit)
                 for frame in decoder.decode(packet) if is_decoding else ():
-                    when = self._time(frame, stream)
+                    when = self._time(frame, unit)
                     yield when, frame
                     while passed < len(moments) and when > moments[passed]:
                         passed += 1
                 if moments and passed == len(moments):
                     return
-                if is_decoding and moments and self._start(moments[passed], stream.time_base) > place + 1:
+                if is_decoding and moments and self._start(moments[passed], unit) > place + 1:
                     decoder.flush_buffers()
                     is_decoding = False
             for frame in decoder.decode(None):
-                yield self._time(frame, stream), frame
+                yield self._time(frame, unit), frame
 
     def _start(self, moment: Fraction, unit: Fraction) -> int:
         """The last key frame that is shown no later than `moment`: its place among the packets."""
         index = bisect_right(self._key_times, moment / unit)
         return self._keys[index - 1] if index else 0
 
-    def _time(self, frame: VideoFrame, stream: VideoStream) -> Fraction:
+    def _time(self, frame: VideoFrame, unit: Fraction) -> Fraction:
         self._budget.spend(1)
         check_size((frame.width, frame.height), self._limits)
         if frame.pts is None:
             raise BadImage("not a readable video (frames without a time)")
-        return frame.pts * stream.time_base
+        return frame.pts * unit
 
     @contextmanager
-    def _open(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+    def _open(self) -> Iterator[tuple[InputContainer, VideoStream, Fraction]]:
         self._file.seek(0)
         most = {"max_pixels": str(2 * self._limits.max_pixels)}  # decoders count padding too
         options = {**most, "codec_whitelist": ",".join(CODECS), "max_streams": str(MAX_STREAMS), "threads": "1"}
@@ -164,13 +164,13 @@ class Film:
                 raise BadImage(f"its codec is {name}, not one of {', '.join(CODECS)}")
             check_size((decoder.width, decoder.height), self._limits)
             decoder.options, decoder.thread_count, decoder.thread_type = most, 1, "NONE"
-            yield container, films[0]
+            yield container, films[0], Fraction(films[0].time_base or 1)
 
 
 class Animation:
     """Frames of an animated GIF or WebP, transparency laid on white."""
 
-    def __init__(self, file: BinaryIO, kind: str, limits: ImageLimits, budget: Budget) -> None:
+    def __init__(self, file: BufferedIOBase, kind: str, limits: ImageLimits, budget: Budget) -> None:
         self._file, self._kind, self._limits, self._budget = file, kind, limits, budget
 
     def span(self) -> tuple[Fraction, Fraction]:
@@ -197,7 +197,7 @@ class Animation:
                 )
 
 
-def _refuse(url: str, flags: int, options: dict[str, str]) -> BinaryIO:
+def _refuse(url: str, flags: int, options: dict[str, str]) -> BufferedIOBase:
     raise PermissionError("the video asks for another file")
 
 

@@ -20,8 +20,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BufferedIOBase
 from operator import itemgetter
-from typing import BinaryIO
 
 import av
 import numpy as np
@@ -57,7 +57,7 @@ class VideoRules:
     max_decode_s: float
 
 
-def read_video(file: BinaryIO, rules: VideoRules, limits: ImageLimits) -> list[tuple[float, Image.Image]]:
+def read_video(file: BufferedIOBase, rules: VideoRules, limits: ImageLimits) -> list[tuple[float, Image.Image]]:
     """The chosen frames as (seconds from the first frame, RGB picture), upright, in order of time; at least one.
 
     Args:
@@ -90,7 +90,7 @@ def read_video(file: BinaryIO, rules: VideoRules, limits: ImageLimits) -> list[t
         raise BadImage(f"not a readable video ({type(error).__name__}: {one_line(error)})") from None
 
 
-def check_bytes(file: BinaryIO, rules: VideoRules) -> None:
+def check_bytes(file: BufferedIOBase, rules: VideoRules) -> None:
     """Leaves the file at its beginning.
 
     Raises:

@@ -38,6 +38,7 @@ PURE = (
     "minivlm/model/*.py", "minivlm/scoring/*.py", "minivlm/train/losses.py", "minivlm/train/stages.py",
     "minivlm/data/chat.py", "minivlm/data/plan.py", "minivlm/data/collate.py", "minivlm/data/tokens.py",
     "minivlm/data/features.py", "minivlm/data/images.py", "minivlm/data/tokenizer.py",
+    "minivlm/data/video.py", "minivlm/data/frames.py", "minivlm/data/clips.py",
 )  # fmt: skip
 IMPURE = ("ray", "deepspeed", "mlflow", "pydantic", "minivlm.config")
 
