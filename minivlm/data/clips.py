@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import file_digest, sha256
-from io import BufferedIOBase, BytesIO
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from minivlm.data.errors import RowError
+from minivlm.data.frames import VideoFile
 from minivlm.data.images import BadImage, ImageLimits, open_image, resolve_image
 from minivlm.data.video import VideoRules, check_bytes, read_video
 from minivlm.schema import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -104,7 +105,7 @@ def _open_file(path: str, modified_ns: int, size: int, rules: ClipRules) -> Clip
         return str(error)
 
 
-def _keep_frames(file: BufferedIOBase, rules: ClipRules) -> Clip:
+def _keep_frames(file: VideoFile, rules: ClipRules) -> Clip:
     check_bytes(file, rules.video)
     digest = file_digest(file, "sha256").hexdigest()
     key = sha256(repr((FORMAT, digest, rules.video, rules.limits)).encode()).hexdigest()

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from io import BufferedIOBase
+from io import BufferedReader, BytesIO
 
 import av
 from av import VideoFrame
@@ -36,6 +36,7 @@ MAX_STREAMS = 16
 ZERO_DELAY = Fraction(1, 10)
 """Seconds of an animation's frame that names none, as browsers show it."""
 
+VideoFile = BufferedReader | BytesIO
 Frame = VideoFrame | Image.Image
 Frames = Iterator[tuple[Fraction, Frame]]
 
@@ -80,7 +81,7 @@ class Budget:
 class Film:
     """Frames of a file that FFmpeg reads."""
 
-    def __init__(self, file: BufferedIOBase, kind: str, limits: ImageLimits, budget: Budget) -> None:
+    def __init__(self, file: VideoFile, kind: str, limits: ImageLimits, budget: Budget) -> None:
         self._file, self._kind, self._limits, self._budget = file, kind, limits, budget
         self._keys, self._key_times = array("q"), array("q")  # places of key frames among the packets, and times
 
@@ -162,15 +163,18 @@ class Film:
             if decoder is None or decoder.codec.name not in CODECS:
                 name = decoder.codec.name if decoder else "unknown"
                 raise BadImage(f"its codec is {name}, not one of {', '.join(CODECS)}")
+            unit = films[0].time_base
+            if unit is None:
+                raise BadImage("not a readable video (frames without a time)")
             check_size((decoder.width, decoder.height), self._limits)
             decoder.options, decoder.thread_count, decoder.thread_type = most, 1, "NONE"
-            yield container, films[0], Fraction(films[0].time_base or 1)
+            yield container, films[0], unit
 
 
 class Animation:
     """Frames of an animated GIF or WebP, transparency laid on white."""
 
-    def __init__(self, file: BufferedIOBase, kind: str, limits: ImageLimits, budget: Budget) -> None:
+    def __init__(self, file: VideoFile, kind: str, limits: ImageLimits, budget: Budget) -> None:
         self._file, self._kind, self._limits, self._budget = file, kind, limits, budget
 
     def span(self) -> tuple[Fraction, Fraction]:
@@ -197,7 +201,7 @@ class Animation:
                 )
 
 
-def _refuse(url: str, flags: int, options: dict[str, str]) -> BufferedIOBase:
+def _refuse(url: str, flags: int, options: dict[str, str]) -> BytesIO:
     raise PermissionError("the video asks for another file")
 
 

@@ -20,7 +20,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from io import BufferedIOBase
 from operator import itemgetter
 
 import av
@@ -28,7 +27,7 @@ import numpy as np
 from av import VideoFrame
 from PIL import Image
 
-from minivlm.data.frames import MAGIC_BYTES, Animation, Budget, Film, Frame, Frames, file_kind
+from minivlm.data.frames import MAGIC_BYTES, Animation, Budget, Film, Frame, Frames, VideoFile, file_kind
 from minivlm.data.images import DECODER_ERRORS, BadImage, ImageLimits, one_line
 
 THUMBNAIL_PX = 32
@@ -57,7 +56,7 @@ class VideoRules:
     max_decode_s: float
 
 
-def read_video(file: BufferedIOBase, rules: VideoRules, limits: ImageLimits) -> list[tuple[float, Image.Image]]:
+def read_video(file: VideoFile, rules: VideoRules, limits: ImageLimits) -> list[tuple[float, Image.Image]]:
     """The chosen frames as (seconds from the first frame, RGB picture), upright, in order of time; at least one.
 
     Args:
@@ -90,7 +89,7 @@ def read_video(file: BufferedIOBase, rules: VideoRules, limits: ImageLimits) -> 
         raise BadImage(f"not a readable video ({type(error).__name__}: {one_line(error)})") from None
 
 
-def check_bytes(file: BufferedIOBase, rules: VideoRules) -> None:
+def check_bytes(file: VideoFile, rules: VideoRules) -> None:
     """Leaves the file at its beginning.
 
     Raises:
