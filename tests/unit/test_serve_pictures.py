@@ -83,7 +83,7 @@ def test_training_and_serving_see_the_same_tensor(engine: Engine, export: Path, 
     assert torch.equal(loaded.preprocess([trained]), engine.tower.preprocess([served]))
     assert float(loaded.preprocess([trained]).std()) > 0.1  # it shows something
 
-    cache = FeatureCache(tmp_path / "features", loaded.fingerprint, (loaded.num_image_tokens, loaded.hidden_size))
+    cache = FeatureCache(tmp_path / "features", loaded.fingerprint, (loaded.num_features, loaded.hidden_size))
     encoder = Encoder(str(cache.directory), tower, Encoders(1, 1.0, 0.0, threads=1), LIMITS)
     encoder({"sha256": np.array([digest]), "path": np.array([str(tmp_path / "picture")])})
     prompt = asyncio.run(engine.prepare([Message("user", "<image>\n?")], [data]))
