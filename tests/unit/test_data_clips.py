@@ -220,3 +220,11 @@ def test_first_keeps_a_conversation_up_to_the_end_of_its_first_answer(folder, ru
     assert [turn["content"] for turn in whole["messages"]] == [turn["value"] for turn in rows[0]["conversations"]]
     assert [turn["content"] for turn in cut["messages"]] == ["Be brief.", "<image>\nWhat?", "White."]
     assert (len(whole["images"]), cut["images"]) == (2, whole["images"][:1])
+
+
+def test_ratings_of_answers_that_were_left_out_go_too(folder, rules):
+    row = {"conversations": turns("What?", "White.", "And?", "Red."), "score": [5, 1]}
+    source = Source("rows.json", str(folder), "sft", "train", "caption", rating_columns=("score",))
+    for kept, expected in (("all", [[5.0, 1.0]]), ("first", [[5.0]])):
+        (sample,) = check_rows([(1, row)], source, replace(rules, turns=kept)).samples
+        assert sample["ratings"] == expected
