@@ -85,7 +85,9 @@ def read_video(file: VideoFile, rules: VideoRules, limits: ImageLimits) -> list[
         return [(float(when - start), _picture(frame, rules.side_px)) for when, frame in chosen]
     except BadImage:
         raise
-    except (av.error.FFmpegError, *DECODER_ERRORS) as error:
+    except av.error.FFmpegError as error:
+        raise BadImage(f"not a readable video ({error.strerror})") from None
+    except DECODER_ERRORS as error:
         raise BadImage(f"not a readable video ({type(error).__name__}: {one_line(error)})") from None
 
 

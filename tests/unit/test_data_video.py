@@ -199,7 +199,9 @@ def test_a_file_that_was_cut_is_refused(tmp_path, name, codec, options):
     data = write_film(tmp_path / name, noise, codec=codec, options=options).read_bytes()
     for share in (0.01, 0.5, 0.7):
         (tmp_path / name).write_bytes(data[: int(len(data) * share)])
-        assert reason(tmp_path / name).startswith(("not a readable video", "not a video", "no "))
+        why = reason(tmp_path / name)
+        assert why.startswith(("not a readable video", "not a video", "no "))
+        assert "Errno" not in why
 
 
 def test_a_file_cut_behind_its_index_is_refused(tmp_path):
