@@ -193,6 +193,13 @@ def test_a_playlist_that_begins_as_a_video_opens_nothing(tmp_path):
         assert reason(tmp_path / "a.mp4").startswith(("not a readable video", "no video stream"))
 
 
+def test_even_a_playlist_that_is_believed_gets_no_other_file(tmp_path):
+    write_film(tmp_path / "secret.mp4", greys(3))
+    playlist = PLAYLIST.replace(b"/etc/passwd", b"file:" + bytes(tmp_path / "secret.mp4"))
+    with pytest.raises(PermissionError, match="the video asks for another file"):
+        Film(io.BytesIO(playlist), "hls", LIMITS, Budget(500, 20)).span()
+
+
 @pytest.mark.parametrize(("name", "codec", "options"), FILMS)
 def test_a_file_that_was_cut_is_refused(tmp_path, name, codec, options):
     noise = [Image.effect_noise((48, 32), 80).convert("RGB") for _ in range(60)]
