@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from minivlm.data.encode import Encoder, Encoders, Tower
+from minivlm.data.encoder import Encoders, Encoding, PictureEncoder, Tower
 from minivlm.data.features import FeatureCache
 from minivlm.data.images import ImageLimits, open_image, read_image
+from minivlm.data.pictures import PicturePaths
 from minivlm.schema import Message
 from minivlm.serve.engine import Engine
 from minivlm.serve.media import decode_data_url
@@ -84,8 +85,9 @@ def test_training_and_serving_see_the_same_tensor(engine: Engine, export: Path, 
     assert float(loaded.preprocess([trained]).std()) > 0.1  # it shows something
 
     cache = FeatureCache(tmp_path / "features", loaded.fingerprint, (loaded.num_features, loaded.hidden_size))
-    encoder = Encoder(str(cache.directory), tower, Encoders(1, 1.0, 0.0, threads=1), LIMITS)
-    encoder({"sha256": np.array([digest]), "path": np.array([str(tmp_path / "picture")])})
+    paths = PicturePaths.write(tmp_path / "paths", {digest: str(tmp_path / "picture")})
+    actors = Encoders(1, 1.0, 0.0, threads=1)
+    PictureEncoder(Encoding(tower, actors, LIMITS, paths.directory, cache.directory)).encode([digest])
     prompt = asyncio.run(engine.prepare([Message("user", "<image>\n?")], [data]))
     assert torch.equal(cache.get((digest,)), prompt.image_features)
 
