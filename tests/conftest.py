@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +50,23 @@ def free_ports() -> Callable[[int], list[int]]:
         return ports
 
     return find
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone; DeepSpeed keeps the first that it sees, so there is one for all tests."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank(process_group: None) -> Iterator[None]:
+    """The group, and the environment in which DeepSpeed finds its place in it."""
+    patch = pytest.MonkeyPatch()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
+        patch.setenv(name, value)
+    yield
+    patch.undo()

@@ -59,6 +59,7 @@ def make_toy(folder: Path) -> StageJob:
         train_table=folder / "train",
         val_table=folder / "val",
         features_dir=cache.directory,
+        encoding=None,
         num_features=NUM_IMAGE_TOKENS,
         vision_size=WIDTH,
         tokenizer_path=str(folder / "tokenizer"),
@@ -196,7 +197,7 @@ def _rows(job: StageJob, rank: int, folder: Path, held_step: int | None) -> Iter
         for block in blocks[rank::world_size]:
             ids = (job.image_token_id, job.pad_token_id)
             for row in make_batches(
-                str(job.train_table), str(job.features_dir), *ids, payload_block(block)
+                str(job.train_table), str(job.features_dir), *ids, 0.0, payload_block(block)
             ).to_pylist():
                 if row["step"] == held_step:
                     (folder / f"held-{rank}").touch()

@@ -8,11 +8,11 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from minivlm.config.base import ConfigError, Frozen
+from minivlm.config.base import STAGE_NAMES, ConfigError, Frozen
 from minivlm.config.data import DataConfig, MiniworldConfig, TokenizerConfig
 from minivlm.config.model import ClipConfig, ModelConfig
 from minivlm.config.run import ClusterConfig, EvaluationConfig, ServeConfig, TrackingConfig, TuneConfig
-from minivlm.config.train import PreferencesConfig, TrainConfig
+from minivlm.config.train import PreferencesConfig, StageConfig, TrainConfig
 
 
 def _default_storage() -> Path:
@@ -63,6 +63,15 @@ class Config(Frozen):
             )
         if self.train.mpo.dpo_weight + self.train.mpo.bco_weight + self.train.mpo.sft_weight == 0:
             raise ValueError("all weights of train.mpo are 0, nothing would be learned: add train.mpo.dpo_weight=0.8")
+        language = self.model.language_model
+        for name in STAGE_NAMES:
+            stage: StageConfig = getattr(self.train, name)
+            is_all = 2 * stage.edge_layers >= language.num_hidden_layers
+            if "language_model.edges" in stage.trainable and language.path is None and is_all:
+                raise ValueError(
+                    f"train.{name}.edge_layers={stage.edge_layers} at each end are all of the "
+                    f"{language.num_hidden_layers} layers: type train.{name}.trainable=[projector,language_model]"
+                )
         if self.clip.image_size_px % self.clip.patch_size_px:
             raise ValueError("clip.image_size_px must be a multiple of clip.patch_size_px: type clip.patch_size_px=24")
         self._check_projector()

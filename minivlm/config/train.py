@@ -7,11 +7,44 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from minivlm.config.base import Frozen, cpu_has_bfloat16
 
 
+class LoraConfig(Frozen):
+    """Low-rank adapters (arXiv:2106.09685): W stays, and W + alpha / rank * B A is used; B starts at 0."""
+
+    rank: PositiveInt = 16
+    """Rows of A and columns of B."""
+
+    alpha: PositiveInt = 32
+    """Scale of the update, divided by the rank. Unitless."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is zeroed in training."""
+
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    """Names of the linear layers inside the language model's layers that get an adapter. The experts of a mixture are
+    no such layers: list its attention only."""
+
+    quantization: Literal["none", "nf4"] = "none"
+    """`nf4`: the adapted matrices are held in 4 bits (QLoRA, arXiv:2305.14314). Needs CUDA and bitsandbytes."""
+
+
+Part = Literal["projector", "language_model", "language_model.edges"]
+
+
 class StageConfig(Frozen):
     """What every training stage has."""
 
-    trainable: tuple[Literal["projector", "language_model"], ...] = ("projector", "language_model")
-    """Parts that learn. With a pretrained language model, the pretrain stage should list `projector` only."""
+    trainable: tuple[Part, ...] = Field(("projector", "language_model"), min_length=1)
+    """Parts that learn. With a pretrained language model, the pretrain stage should list `projector` only.
+    `language_model` is all of it; `language_model.edges` its first and last layers, while the embedding, the head
+    (tied or not) and the last norm stay frozen."""
+
+    edge_layers: PositiveInt = 1
+    """Layers at each end that `language_model.edges` trains."""
+
+    lora: LoraConfig | None = None
+    """Train adapters instead of the weights of the language model. Exports are merged. Default: the weights."""
 
     learning_rate: PositiveFloat = 1e-3
     """Peak AdamW rate, reached after warm-up. Per optimizer step."""
@@ -26,7 +59,23 @@ class StageConfig(Frozen):
     """Second AdamW momentum; the first is 0.9."""
 
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps spent warming up linearly; a cosine to 0 follows."""
+    """Share of the steps spent warming up linearly; `schedule` follows."""
+
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """`cosine`: falls from the end of the warm-up on. `wsd`: stays at the peak, then decays at the end
+    (warm-up, stable, decay; arXiv:2404.06395)."""
+
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the steps spent decaying, by 1 - sqrt of the progress (arXiv:2405.18392)."""
+
+    min_lr_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the peak rate at which the schedule ends."""
+
+    attention_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of attention weights that is zeroed in training. Not for mpo."""
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over the vocabulary; the validation loss is without. Not for mpo."""
 
     clip_norm: PositiveFloat = 1.0
     """Global gradient norm above which gradients are scaled down. Without effect where muon_learning_rate is set."""
@@ -81,6 +130,13 @@ class TrainConfig(Frozen):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + parameters sharded."""
 
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
+    """What ZeRO holds in host memory instead of the GPU's. `optimizer` needs zero_stage 1 to 3, with parameters 3."""
+
+    gradient_checkpointing: bool = False
+    """Compute each layer of the language model again in the backward pass instead of keeping its activations: less
+    memory for one more forward, the same gradients."""
+
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of training. `auto` in a file or override becomes bfloat16 where it is fast: on GPUs, and on CPUs with
     instructions for it (elsewhere a bfloat16 product takes a hundred times as long as a float32 one)."""
@@ -109,6 +165,72 @@ class TrainConfig(Frozen):
             is_fast = values.get("use_gpu") or cpu_has_bfloat16()
             return {**values, "precision": "bfloat16" if is_fast else "float32"}
         return values
+
+    @model_validator(mode="after")
+    def _check_switches(self) -> "TrainConfig":
+        if self.offload != "none" and not self.use_gpu:
+            raise ValueError(
+                f"train.offload={self.offload} moves training state from GPUs to host memory, but train.use_gpu is "
+                "false: type train.offload=none, or train.use_gpu=true"
+            )
+        needed = {"none": 0, "optimizer": 1, "optimizer_and_parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"train.offload={self.offload} needs what ZeRO-{needed} shards, but train.zero_stage is "
+                f"{self.zero_stage}: type train.zero_stage={max(2, needed)}"
+            )
+        for name, stage in (("pretrain", self.pretrain), ("sft", self.sft), ("mpo", self.mpo)):
+            if problem := _stage_problem(f"train.{name}", stage, self):
+                raise ValueError(problem)
+        return self
+
+
+def _stage_problem(key: str, stage: StageConfig, train: TrainConfig) -> str | None:
+    """What does not go together in one stage, and what to type; None where all does."""
+    lora, parts = stage.lora, stage.trainable
+    if "language_model" in parts and "language_model.edges" in parts:
+        return f"{key}.trainable lists both language_model and language_model.edges: type {key}.trainable=[projector]"
+    if stage.schedule == "wsd" and stage.warmup_fraction + stage.decay_fraction > 1:
+        return (
+            f"{key}.warmup_fraction + {key}.decay_fraction are more than all steps: "
+            f"type {key}.decay_fraction={1 - stage.warmup_fraction:g}"
+        )
+    if stage.muon_learning_rate and train.offload != "none":
+        return f"{key}.muon_learning_rate with train.offload was never run: type {key}.muon_learning_rate=0"
+    if isinstance(stage, MPOConfig):
+        settings = {"attention_dropout": stage.attention_dropout, "label_smoothing": stage.label_smoothing}
+        settings |= {"lora.dropout": lora.dropout} if lora else {}
+        if wrong := next((name for name, value in settings.items() if value), None):
+            return (
+                f"{key}.{wrong} would make the policy differ from its reference before anything is learned: "
+                f"type {key}.{wrong}=0"
+            )
+    return _lora_problem(key, stage, lora, train) if lora else None
+
+
+def _lora_problem(key: str, stage: StageConfig, lora: LoraConfig, train: TrainConfig) -> str | None:
+    if "language_model" not in stage.trainable:
+        return (
+            f"{key}.lora adapts the language model, which {key}.trainable does not list: "
+            f"type {key}.trainable=[projector,language_model], or {key}.lora=null"
+        )
+    if stage.muon_learning_rate:
+        return (
+            f"{key}.muon_learning_rate orthogonalises the updates of whole matrices, {key}.lora trains factors of "
+            f"them: type {key}.muon_learning_rate=0, or {key}.lora=null"
+        )
+    if lora.quantization == "none":
+        return None
+    if not train.use_gpu:
+        return f"{key}.lora.quantization=nf4 needs CUDA: type {key}.lora.quantization=none, or train.use_gpu=true"
+    if train.zero_stage == 3:
+        return f"{key}.lora.quantization=nf4: ZeRO-3 cannot shard 4-bit weights: type train.zero_stage=2"
+    if isinstance(stage, MPOConfig):
+        return (
+            f"{key}.lora.quantization=nf4: the reference log-probabilities are those of the unquantised model: "
+            f"type {key}.lora.quantization=none"
+        )
+    return None
 
 
 class PreferencesConfig(Frozen):

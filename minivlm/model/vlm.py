@@ -28,6 +28,9 @@ class TokenLogps(NamedTuple):
     aux_loss: Tensor
     """Scalar float32: load-balancing loss of a mixture of experts, already times its coefficient; else 0."""
 
+    mean_logps: Tensor | None = None
+    """[M] float32, mean log-probability over all rows of the head, in nats; None unless `returns_mean_logps`."""
+
 
 class MiniVLM(nn.Module):
     """Projector and language model. The vision tower is frozen, runs elsewhere, and is not part of it."""
@@ -37,6 +40,8 @@ class MiniVLM(nn.Module):
         self.projector = projector
         self.language_model = language_model
         self.image_token_id = image_token_id
+        self.returns_mean_logps = False
+        """Whether a forward in training mode returns `mean_logps`, which label smoothing needs."""
         text_config = language_model.config.get_text_config().to_dict()
         self.router_loss_coef = float(text_config.get("router_aux_loss_coef", 0.0))
         self.num_experts_per_token = int(text_config.get("num_experts_per_tok") or 0)
@@ -68,12 +73,16 @@ class MiniVLM(nn.Module):
         is_supervised = targets != IGNORE
         hidden_states = outputs.last_hidden_state[:, :-1][is_supervised]
         logits = self.language_model.get_output_embeddings()(hidden_states).float()
-        logps = -functional.cross_entropy(logits, targets[is_supervised], reduction="none")
+        answers = targets[is_supervised]
+        logps = -functional.cross_entropy(logits, answers, reduction="none")
+        mean_logps = None
+        if self.returns_mean_logps and self.training:
+            mean_logps = logps + logits.mean(dim=-1) - logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
         aux_loss = logits.new_zeros(())
         if self.num_experts_per_token:
             balance = load_balancing_loss(outputs.router_logits, segment_ids != 0, self.num_experts_per_token)
             aux_loss = self.router_loss_coef * balance
-        return TokenLogps(logps, segment_ids[:, 1:][is_supervised], aux_loss)
+        return TokenLogps(logps, segment_ids[:, 1:][is_supervised], aux_loss, mean_logps)
 
     def embed(self, input_ids: Tensor, image_features: Tensor, image_index: Tensor) -> Tensor:
         """Token embeddings with the projected pictures in the places of their placeholders.

@@ -55,7 +55,12 @@ class Engine:
         optimizer: OptimizerSettings,
         total_steps: int,
         device: torch.device,
+        offload: str = "none",
     ) -> None:
+        """
+        Args:
+            offload: none, optimizer or optimizer_and_parameters: what ZeRO holds in host memory.
+        """
         _quiet_start(device)
         self._settings, self._total_steps = optimizer, total_steps
         self._is_plain = zero_stage == 0 and precision == "float32"
@@ -64,7 +69,7 @@ class Engine:
         uses_muon = optimizer.muon_learning_rate > 0
         self._clip_norm = math.inf if uses_muon else optimizer.clip_norm
         clip_norm = 0.0 if self._is_plain or uses_muon else optimizer.clip_norm
-        config = deepspeed_config(zero_stage, precision, clip_norm=clip_norm, uses_muon=uses_muon)
+        config = deepspeed_config(zero_stage, precision, clip_norm=clip_norm, uses_muon=uses_muon, offload=offload)
         model = model.to(device)
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in learning.items()}
@@ -116,14 +121,17 @@ class Engine:
         """
         self._state.load(directory, updates=updates)
 
-    def gather_state_dict(self) -> dict[str, Tensor] | None:
+    def gather_state_dict(self, *, learning_only: bool = False) -> dict[str, Tensor] | None:
         """Full float32 weights by parameter name, on rank 0 (None elsewhere); tied weights appear once.
 
-        With bfloat16, frozen parts and ZeRO stage 0 give the rounded weights that training computed with.
+        With `learning_only` without the frozen ones. With bfloat16, frozen parts and ZeRO stage 0 give the rounded
+        weights that training computed with.
         """
         weights: dict[str, Tensor] = {}
         is_first = dist.get_rank() == 0
         for parameter in self._engine.module.parameters():
+            if learning_only and not parameter.requires_grad:
+                continue
             full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             if full is None:
                 with deepspeed.zero.GatheredParameters([parameter]):
@@ -149,7 +157,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     return optimizer
 
 
-def deepspeed_config(zero_stage: int, precision: str, *, clip_norm: float, uses_muon: bool) -> dict[str, Any]:
+def deepspeed_config(
+    zero_stage: int, precision: str, *, clip_norm: float, uses_muon: bool, offload: str
+) -> dict[str, Any]:
     """DeepSpeed settings: sums stay float32 where ZeRO allows it, no timers, no prints."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,  # only counts samples for logs: micro-batches are ours
@@ -165,6 +175,11 @@ def deepspeed_config(zero_stage: int, precision: str, *, clip_norm: float, uses_
             "allgather_bucket_size": BUCKET_ELEMENTS,
         },
     }
+    if offload != "none":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs there too, and needs no compiler
+    if offload == "optimizer_and_parameters":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if precision == "bfloat16":
         config["bf16"] = {"enabled": True}
         if zero_stage:

@@ -21,12 +21,10 @@ from minivlm.data.collate import collate, unpack_batch
 from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import TokenTable
 from minivlm.model.checkpoint import MANIFEST, begin, commit, newest_complete, prune
-from minivlm.model.export import load_export, save_export
-from minivlm.model.language import build_language_model
-from minivlm.model.projector import build_projector, whiten_input
-from minivlm.model.vlm import MiniVLM
+from minivlm.model.export import save_export
 from minivlm.train.engine import Engine, StepReport
-from minivlm.train.job import StageJob, plan_validation, whitening_pictures
+from minivlm.train.initial import exported_model, initial_model, prepare_model
+from minivlm.train.job import StageJob, plan_validation
 from minivlm.train.losses import MPOWeights, RewardShift
 from minivlm.train.metrics import METRICS_FILE, MetricsWriter
 from minivlm.train.optimizer import OptimizerSettings
@@ -57,39 +55,11 @@ def train_loop(job: StageJob, rows: Rows, device: torch.device, report: Report) 
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     torch.set_num_threads(job.config.train.threads_per_worker)
-    worker = StageWorker(job, device, report)
     try:
-        worker.run(rows)
+        StageWorker(job, device, report).run(rows)
     except TrainingError as error:
         return {"error": str(error)}
     return {}
-
-
-def initial_model(job: StageJob) -> MiniVLM:
-    """Weights that the stage starts from: the previous stage's export, or a language model and a new projector."""
-    if job.initial_export is not None:
-        return load_export(job.initial_export).vlm
-    language = job.config.model.language_model
-    language_model = build_language_model(
-        path=language.path,
-        architecture=language.architecture,
-        sizes=language.model_dump(exclude={"path", "architecture"}),
-        vocab_size=job.vocab_size,
-        seed=job.config.seed,
-    )
-    text_size = language_model.config.get_text_config().hidden_size
-    projector = build_projector(
-        job.config.model.projector,
-        job.vision_size,
-        text_size,
-        num_features=job.num_features,
-        sizes=job.config.model.projector_sizes,
-        seed=job.config.seed,
-    )
-    digests = whitening_pictures(job.train_table, job.num_features)
-    if digests:
-        whiten_input(projector, FeatureCache.open(job.features_dir).get(digests))
-    return MiniVLM(projector, language_model, job.image_token_id)
 
 
 class StageWorker:
@@ -101,9 +71,8 @@ class StageWorker:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device, self._report_to = device, report
         model = initial_model(job)
-        for part in ("projector", "language_model"):
-            getattr(model, part).requires_grad_(part in settings.trainable)
         self.export_model = copy.deepcopy(model) if self.rank == 0 else None
+        prepare_model(model, job, device)
         self.engine = Engine(
             model,
             zero_stage=train.zero_stage,
@@ -115,14 +84,18 @@ class StageWorker:
                 settings.warmup_fraction,
                 settings.clip_norm,
                 settings.muon_learning_rate,
+                settings.schedule,
+                settings.decay_fraction,
+                settings.min_lr_fraction,
             ),
+            offload=train.offload,
             total_steps=job.total_steps,
             device=self.device,
         )
         self.shift = RewardShift()
         mpo = train.mpo
         weights = MPOWeights(mpo.dpo_weight, mpo.bco_weight, mpo.sft_weight)
-        self.loss_settings = LossSettings(mpo.beta, weights, mpo.sft_token_mean)
+        self.loss_settings = LossSettings(mpo.beta, weights, mpo.sft_token_mean, settings.label_smoothing)
         self.first_step = self._resume()
         self.writer: MetricsWriter | None = None
         if self.rank == 0:
@@ -247,7 +220,7 @@ class StageWorker:
     def _save(self, step: int, line: dict[str, float]) -> Path:
         """Commit a checkpoint of all ranks; returns its folder."""
         job, train = self.job, self.job.config.train
-        weights = self.engine.gather_state_dict()
+        weights = self.engine.gather_state_dict(learning_only=job.settings.lora is not None)
         self._check_weights(step, weights)
         folder = [begin(job.run_dir, step)] if self.rank == 0 else [None]
         dist.broadcast_object_list(folder, src=0)
@@ -257,11 +230,9 @@ class StageWorker:
         dist.barrier()
         final: list[Path | None] = [None]
         if self.export_model is not None and weights is not None:
-            assert set(weights) == {name for name, _ in self.export_model.named_parameters()}
-            self.export_model.load_state_dict(weights, strict=False)  # a tied head is in it once
             save_export(
                 folder[0] / "export",
-                self.export_model,
+                exported_model(self.export_model, weights, job.settings.lora),
                 tower_path=job.tower_path,
                 feature_layer=job.config.clip.feature_layer,
                 tokenizer_dir=Path(job.tokenizer_path),

@@ -97,6 +97,28 @@ def generation_loss(chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
     return -chosen_logps / chosen_lengths
 
 
+def smoothed_likelihood(logps: Tensor, mean_logps: Tensor, *, smoothing: float) -> Tensor:
+    """Log-likelihood of a target that is a token with probability 1 - smoothing and else any of the vocabulary.
+
+    (1 - smoothing) * log p(token) + smoothing * mean over the vocabulary of log p
+
+    Args:
+        logps: [M] log-probabilities of the supervised tokens, in nats.
+        mean_logps: [M], mean log-probability over the vocabulary at the same places, in nats.
+        smoothing: in [0, 1).
+
+    Returns:
+        [M], not averaged: the value does not depend on the layout.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+    """
+    _check_same_shape(logps=logps, mean_logps=mean_logps)
+    return (1 - smoothing) * logps + smoothing * mean_logps
+
+
 @dataclass(frozen=True)
 class MPOWeights:
     """Weights of the terms of MPO: L = dpo * L_p + bco * L_q + sft * L_g, all unitless."""

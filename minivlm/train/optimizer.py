@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, or Muon for hidden matrices and AdamW for the rest, with linear warm-up and a cosine to 0."""
+    """AdamW, or Muon for hidden matrices and AdamW for the rest, with linear warm-up and a schedule."""
 
     learning_rate: float
     """Peak of AdamW, per optimizer step."""
@@ -26,19 +26,39 @@ class OptimizerSettings:
     """Of all gradients together. Not applied with Muon: DeepSpeed would scale its updates, which have a fixed size."""
 
     muon_learning_rate: float = 0.0
-    """Peak of Muon; 0 = AdamW for everything."""
+    """Peak of Muon, which follows the same schedule; 0 = AdamW for everything."""
+
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_fraction: float = 0.2
+    """wsd: share of all steps at the end that decay."""
+
+    min_lr_fraction: float = 0.0
+    """Share of the peak at which the schedule ends."""
 
 
 MUON_MOMENTUM = 0.95
 
 
 def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -> float:
-    """AdamW's rate in step `step` (0-based): up linearly to the peak, then a cosine that would reach 0 at the end."""
+    """AdamW's rate in step `step` (0-based): up linearly to the peak, then down to the least rate.
+
+    cosine: peak * (1 + cos(pi p)) / 2, with p the progress from the end of the warm-up to the end of the stage;
+    wsd: the peak until the last `decay_fraction` of all steps, then peak * (1 - sqrt(p)), with p the progress in these.
+
+    The least rate would be reached one step after the last.
+
+    Source: wsd: Hu et al. 2024, arXiv:2404.06395, section 4.2 (MiniCPM); its decay by 1 - sqrt: Haegele et al. 2024,
+    arXiv:2405.18392, section 3.
+    """
     warmup_steps = round(settings.warmup_fraction * total_steps)
     if step < warmup_steps:
         return settings.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    falls_for = total_steps - warmup_steps
+    if settings.schedule == "wsd":
+        falls_for = min(falls_for, round(settings.decay_fraction * total_steps))
+    progress = min(max(0.0, (step - total_steps + falls_for) / max(1, falls_for)), 1.0)
+    share = 1 - math.sqrt(progress) if settings.schedule == "wsd" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.learning_rate * (settings.min_lr_fraction + (1 - settings.min_lr_fraction) * share)
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from minivlm.train.losses import (
     generation_loss,
     implicit_rewards,
     mpo_loss,
+    smoothed_likelihood,
 )
 
 Batch = dict[str, Tensor]
@@ -49,6 +50,8 @@ class LossSettings:
     beta: float = 0.1
     weights: MPOWeights = MPOWeights()
     sft_token_mean: bool = False
+    label_smoothing: float = 0.0
+    """Of `token_loss` where the forward returns mean log-probabilities: in training, never in validation."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def token_loss(
     The router loss of a micro-batch counts with its share of the step's supervised tokens.
     """
     logps = token_logps.logps
+    if token_logps.mean_logps is not None:
+        logps = smoothed_likelihood(logps, token_logps.mean_logps, smoothing=settings.label_smoothing)
     share = logps.numel() / totals.tokens
     loss = -logps.sum() / totals.tokens + token_logps.aux_loss * share
     return StageLoss(loss, {"loss": loss.detach()})

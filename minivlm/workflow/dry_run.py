@@ -7,14 +7,18 @@ import torch
 import yaml
 
 from minivlm import layout
-from minivlm.config import STAGE_NAMES, Config, ConfigError
+from minivlm.config import STAGE_NAMES, Config, ConfigError, StageName
+from minivlm.config.train import StageConfig
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import count_rows, load_token_counts, mixture_tables
 from minivlm.data.settings import tower_shape
 from minivlm.model.image_tokens import count_image_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.llava import PROJECTOR_NOTE
+from minivlm.model.lora import count_adapters
 from minivlm.model.projector import build_projector
+from minivlm.model.vlm import MiniVLM
+from minivlm.train.initial import choose_learning
 from minivlm.train.placement import DATA_CPUS, check_placement
 
 
@@ -38,7 +42,8 @@ def _parameters(config: Config) -> list[str]:
     if not config.model.is_stock_llava:
         lines.append(f"export           not for plain transformers: {PROJECTOR_NOTE}")
     if language.path:
-        return [*lines, f"language model   {language.path}: counted when it is loaded"]
+        lines.append(f"language model   {language.path}: counted when it is loaded")
+        return [*lines, *(_learning(config, stage, None) for stage in STAGE_NAMES)]
     with torch.device("meta"):
         model = build_language_model(
             path=None,
@@ -53,7 +58,34 @@ def _parameters(config: Config) -> list[str]:
     counts = [sum(p.numel() for p in part.parameters()) for part in (projector, model)]
     lines[2] += f", {counts[0]:,} parameters"
     lines.append(f"language model   {counts[1]:,} parameters ({language.architecture}, random)")
-    return [*lines, f"together         {sum(counts) / 1e6:.2f}M without the tower"]
+    lines.append(f"together         {sum(counts) / 1e6:.2f}M without the tower")
+    vlm = MiniVLM(projector, model, image_token_id=0)
+    return [*lines, *(_learning(config, stage, vlm) for stage in STAGE_NAMES)]
+
+
+def _learning(config: Config, stage: StageName, vlm: MiniVLM | None) -> str:
+    """What a stage trains, counted where the model is known before it is loaded.
+
+    Raises:
+        ConfigError: adapters for layers that the model does not have.
+    """
+    settings: StageConfig = getattr(config.train, stage)
+    lora, what = settings.lora, ", ".join(settings.trainable)
+    if "language_model.edges" in settings.trainable:
+        what += f" ({settings.edge_layers} at each end)"
+    if lora:
+        base = "" if lora.quantization == "none" else f", base in {lora.quantization}"
+        what += f" by adapters of rank {lora.rank}{base}"
+    if vlm is None:
+        return f"{stage + ' learns':<16} {what}"
+    choose_learning(vlm, settings.trainable, settings.edge_layers)
+    part = vlm.projector if lora else vlm
+    count = sum(p.numel() for p in part.parameters() if p.requires_grad)
+    try:
+        count += count_adapters(vlm.language_model, lora.targets, lora.rank) if lora else 0
+    except ValueError as error:
+        raise ConfigError(f"train.{stage}.lora.targets: {error}") from None
+    return f"{stage + ' learns':<16} {count:,}: {what}"
 
 
 def _tower_shape(config: Config) -> tuple[tuple[int, int], str]:
@@ -100,6 +132,8 @@ def _placement(config: Config) -> list[str]:
     cluster = config.cluster.address or os.environ.get("RAY_ADDRESS")
     where = f"cluster {cluster}" if cluster else f"local cluster of {config.cluster.num_cpus or os.cpu_count()} CPUs"
     lines.append(f"on               {where}")
+    again = "computed again" if train.gradient_checkpointing else "kept"
+    lines.append(f"memory           activations {again}, offload to the host: {train.offload.replace('_', ' ')}")
     lines += _at_once(config, streams, is_local=not cluster)
     lines += [f"{stage:<16} {_state(layout.run_dir(config, stage))}" for stage in STAGE_NAMES]
     return lines

@@ -61,6 +61,42 @@ def test_all_loss_weights_zero_is_refused(empty):
         load_config(empty, zero)
 
 
+LORA = "train.sft.lora={rank: 8}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.sft.trainable=[]"], "train.sft.trainable: Tuple should have at least 1 item"),
+        (["train.sft.trainable=[language_model,language_model.edges]"], "type train.sft.trainable=[projector]"),
+        (["train.sft.trainable=[language_model.edges]", "train.sft.edge_layers=2"], "all of the 4 layers"),
+        ([LORA, "train.sft.trainable=[projector]"], "type train.sft.trainable=[projector,language_model]"),
+        ([LORA, "train.sft.muon_learning_rate=0.02"], "type train.sft.muon_learning_rate=0, or train.sft.lora=null"),
+        (["train.sft.lora={quantization: nf4}"], "train.sft.lora.quantization=nf4 needs CUDA"),
+        (["train.sft.lora={quantization: nf4}", "train.use_gpu=true", "train.zero_stage=3"], "train.zero_stage=2"),
+        (["train.mpo.lora={quantization: nf4}", "train.use_gpu=true"], "reference log-probabilities are those"),
+        (["train.mpo.lora={dropout: 0.1}"], "type train.mpo.lora.dropout=0"),
+        (["train.mpo.attention_dropout=0.1"], "type train.mpo.attention_dropout=0"),
+        (["train.mpo.label_smoothing=0.1"], "type train.mpo.label_smoothing=0"),
+        (["train.offload=optimizer"], "type train.offload=none, or train.use_gpu=true"),
+        (["train.offload=optimizer", "train.use_gpu=true", "train.zero_stage=0"], "type train.zero_stage=2"),
+        (["train.offload=optimizer_and_parameters", "train.use_gpu=true"], "type train.zero_stage=3"),
+        (
+            ["train.offload=optimizer", "train.use_gpu=true", "train.sft.muon_learning_rate=0.02"],
+            "type train.sft.muon_learning_rate=0",
+        ),
+        (
+            ["train.sft.schedule=wsd", "train.sft.warmup_fraction=0.5", "train.sft.decay_fraction=0.6"],
+            "type train.sft.decay_fraction=0.5",
+        ),
+    ],
+)
+def test_training_settings_that_do_not_go_together_say_what_to_type(empty, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(empty, overrides)
+    assert message in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.stem
 )

@@ -16,6 +16,23 @@ def test_gpu_settings_print_their_placement_without_the_data():
     assert "not counted: No data file" in text
 
 
+def test_what_each_stage_learns_is_counted(tmp_path):
+    overrides = [
+        f"storage_path={tmp_path}",
+        "train.pretrain.trainable=[projector]",
+        "train.sft.trainable=[projector,language_model.edges]",
+        "train.mpo.lora={rank: 2, targets: [q_proj]}",
+        "train.mpo.muon_learning_rate=0",
+        "train.gradient_checkpointing=true",
+    ]
+    text = describe(load_config(CONFIGS / "tiny.yaml", overrides))
+    projector, layer = 192 * 128 + 128 + 128 * 128 + 128, 4 * 128 * 128 + 3 * 128 * 512 + 2 * 128 + 2 * 32
+    assert f"pretrain learns  {projector:,}: projector\n" in text
+    assert f"sft learns       {projector + 2 * layer:,}: projector, language_model.edges (1 at each end)" in text
+    assert f"mpo learns       {projector + 3 * 2 * 256:,}: projector, language_model by adapters of rank 2" in text
+    assert "activations computed again, offload to the host: none" in text
+
+
 def test_demo_prints_its_parameters_and_rows(tmp_path):
     text = describe(load_config(CONFIGS / "tiny.yaml", [f"storage_path={tmp_path}"]))
     assert "trained here, 10 features per picture, frozen" in text

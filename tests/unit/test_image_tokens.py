@@ -24,7 +24,7 @@ from minivlm.schema import Message
 from minivlm.serve.api import build_api
 from minivlm.serve.chat import Served
 from minivlm.serve.engine import Engine
-from minivlm.train.loop import initial_model
+from minivlm.train.initial import initial_model
 from tests.tiny_export import NUM_IMAGE_TOKENS, PROJECTOR_SIZES, build_export, data_url, png
 from tests.train_processes import make_toy
 

@@ -1,13 +1,10 @@
-"""The DeepSpeed engine against a plain torch loop on one gloo rank, and the schedule that both follow."""
+"""The DeepSpeed engine against a plain torch loop on one gloo rank."""
 
-import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,23 +20,9 @@ from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, 
 SETTINGS = OptimizerSettings(1e-2, weight_decay=0.1, beta2=0.99, warmup_fraction=0.25, clip_norm=0.5)
 MUON = replace(SETTINGS, muon_learning_rate=0.02)
 RESUMED = [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "float32")]
+pytestmark = pytest.mark.usefixtures("one_rank")
 STEPS = 4
 IMAGE_TOKEN = 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    patch = pytest.MonkeyPatch()
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
-        patch.setenv(name, value)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-    patch.undo()
 
 
 def tiny_vlm(projector: str = "mlp2x_gelu") -> MiniVLM:
@@ -122,6 +105,7 @@ def make_engine(
     precision: str = "float32",
     model: MiniVLM | None = None,
     optimizer: OptimizerSettings = SETTINGS,
+    offload: str = "none",
 ) -> Engine:
     return Engine(
         model or tiny_vlm(),
@@ -130,12 +114,16 @@ def make_engine(
         optimizer=optimizer,
         total_steps=STEPS,
         device=torch.device("cpu"),
+        offload=offload,
     )
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_every_zero_stage_equals_plain_torch(zero_stage: int):
-    model, engine = tiny_vlm(), make_engine(zero_stage)
+@pytest.mark.parametrize(
+    ("zero_stage", "offload"),
+    [*((stage, "none") for stage in range(4)), (2, "optimizer"), (3, "optimizer_and_parameters")],
+)
+def test_every_zero_stage_equals_plain_torch(zero_stage: int, offload: str):
+    model, engine = tiny_vlm(), make_engine(zero_stage, offload=offload)
     losses, norms = run_plain(model)
     engine_losses, engine_norms = run_engine(engine, range(STEPS))
     assert_close(torch.tensor(engine_losses), torch.tensor(losses), atol=1e-5, rtol=0)
@@ -215,6 +203,28 @@ def test_resume_equals_uninterrupted(zero_stage: int, precision: str, optimizer:
     assert_close(second.gather_state_dict(), whole.gather_state_dict(), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize(("zero_stage", "offload"), [(2, "optimizer"), (3, "optimizer_and_parameters")])
+def test_offloaded_state_resumes_where_nothing_is_offloaded(zero_stage: int, offload: str, tmp_path: Path):
+    whole, first, second = (make_engine(zero_stage, offload=where) for where in ("none", offload, "none"))
+    run_engine(whole, range(STEPS))
+    run_engine(first, range(2))
+    first.save(tmp_path)
+    second.load(tmp_path, updates=2)
+    run_engine(second, range(2, STEPS))
+    assert_close(second.gather_state_dict(), whole.gather_state_dict(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("zero_stage", "offload"), [(2, "optimizer"), (3, "optimizer_and_parameters")])
+def test_state_is_loaded_into_offloaded_engines(zero_stage: int, offload: str, tmp_path: Path):
+    whole, first, second = (make_engine(zero_stage, offload=where) for where in ("none", "none", offload))
+    run_engine(whole, range(STEPS))
+    run_engine(first, range(2))
+    first.save(tmp_path)
+    second.load(tmp_path, updates=2)
+    run_engine(second, range(2, STEPS))
+    assert_close(second.gather_state_dict(), whole.gather_state_dict(), atol=1e-6, rtol=0)
+
+
 def test_missing_state_is_an_error(tmp_path: Path):
     with pytest.raises(CheckpointError, match="No training state"):
         make_engine(2).load(tmp_path / "nothing", updates=1)
@@ -232,10 +242,28 @@ def test_frozen_language_model_stays_and_is_gathered(zero_stage: int):
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"projector"}
 
 
-def test_warm_up_then_cosine_to_zero():
-    settings = OptimizerSettings(1.0, warmup_fraction=0.2)
-    rates = [learning_rate_at(step, 10, settings) for step in (0, 1, 2, 6, 10)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+def test_muon_follows_the_same_schedule():
+    engine = make_engine(2, optimizer=replace(MUON, schedule="wsd", decay_fraction=0.5, warmup_fraction=0.0))
+    rates = []
+    for step in range(STEPS):
+        run_engine(engine, range(step, step + 1))
+        rates.append({group["lr"] for group in engine._engine.optimizer.param_groups})
+    decayed = 1 - 0.5**0.5
+    assert rates[:3] == [{1e-2, 0.02}] * 3
+    assert sorted(rates[3]) == pytest.approx([1e-2 * decayed, 0.02 * decayed])
+
+
+def test_mean_log_probabilities_are_those_of_the_whole_vocabulary():
+    model, batch = tiny_vlm(), step_batches(0)[0]
+    assert model(batch).mean_logps is None
+    model.returns_mean_logps = True
+    assert model.eval()(batch).mean_logps is None
+    seen: list[Tensor] = []
+    head = model.language_model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    output = model.train()(batch)
+    assert output.mean_logps is not None
+    assert_close(output.mean_logps, seen[0].log_softmax(-1).mean(-1))
 
 
 def test_only_matrices_decay():

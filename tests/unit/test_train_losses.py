@@ -16,6 +16,7 @@ from minivlm.train.losses import (
     generation_loss,
     implicit_rewards,
     mpo_loss,
+    smoothed_likelihood,
 )
 from minivlm.train.stages import (
     STAGES,
@@ -141,6 +142,27 @@ def test_shares_of_micro_batches_add_up_to_the_step():
         return token_loss(token_logps, {}, totals, LossSettings(), RewardShift()).loss
 
     assert_close(loss(logps[:1]) + loss(logps[1:]) + loss(logps[:0]), -logps.mean())
+
+
+def test_smoothing_is_cross_entropy_with_a_spread_target():
+    logits, answers = torch.tensor([[2.0, 0.0, -1.0, 0.5], [0.0, 1.0, 0.0, 3.0]]).double(), torch.tensor([0, 3])
+    logps = logits.log_softmax(-1)
+    smoothed = smoothed_likelihood(logps[range(2), answers], logps.mean(-1), smoothing=0.2)
+    assert_close(-smoothed, torch.nn.functional.cross_entropy(logits, answers, label_smoothing=0.2, reduction="none"))
+    uniform = smoothed_likelihood(t(-math.log(4)), t(-math.log(4)), smoothing=0.7)
+    assert_close(uniform, t(-1.386294), atol=1e-6, rtol=0)
+
+
+def test_smoothed_shares_add_up_to_the_step():
+    logps, means = torch.linspace(-2, -0.5, 6, dtype=torch.float64), torch.linspace(-5, -4, 6, dtype=torch.float64)
+    settings = LossSettings(label_smoothing=0.1)
+
+    def loss(part: slice) -> Tensor:
+        segments = torch.ones(len(logps[part]), dtype=torch.int64)
+        token_logps = TokenLogps(logps[part], segments, logps.new_zeros(()), means[part])
+        return token_loss(token_logps, {}, StepTotals(tokens=6), settings, RewardShift()).loss
+
+    assert_close(loss(slice(0, 2)) + loss(slice(2, 6)), -(0.9 * logps + 0.1 * means).mean())
 
 
 def test_router_loss_is_weighted_by_supervised_tokens():
