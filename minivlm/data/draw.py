@@ -37,8 +37,8 @@ def draw_stage(
     sources: Sequence[SourceRule],
     rule: StageRule,
     clip_scores: np.ndarray | None,
-) -> None:
-    """Draw the training rows of a stage and write what came out to `target`.
+) -> dict[str, Any]:
+    """Draw the training rows of a stage, write what came out to `target`, and return what mixture.json says.
 
     Args:
         folder: validated rows.
@@ -61,6 +61,7 @@ def draw_stage(
     with new_directory(target) as temporary:
         np.save(temporary / "copies.npy", copies)
         write_json(temporary / REPORT_FILE, report)
+    return report
 
 
 def drawn_samples(

@@ -152,7 +152,11 @@ def draw_rows(config: Config, stage: str) -> Path:
     if not (folder / REPORT_FILE).exists():
         samples = prepare_samples(config)
         scores = _clip_scores(config, stage, samples)
-        draw_stage(samples, folder, stage, source_rules(config, stage), stage_rule(config, stage), scores)
+        given = source_rules(config, stage)
+        report = draw_stage(samples, folder, stage, given, stage_rule(config, stage), scores)
+        drawn, rows = (sum(source[key] for source in report["sources"]) for key in ("drawn", "train"))
+        if not rows == drawn == report["draws"]:
+            _log.info("%s: %d draws of %d of %d rows, see %s", stage, report["draws"], drawn, rows, folder)
     return folder
 
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from minivlm import layout
-from minivlm.config import Config
+from minivlm.config import STAGE_NAMES, Config
 from minivlm.storage import content_hash
 
 LIBRARIES = ("ray", "torch", "deepspeed", "transformers", "mlflow")
@@ -17,6 +17,7 @@ def provenance_tags(config: Config) -> dict[str, str]:
         "git_commit": git_commit(Path(__file__).parent),
         "config_hash": content_hash(config.model_dump(mode="json")),
         "data": layout.samples_dir(config).name,
+        "draws": ", ".join(layout.stage_rows_dir(config, stage).name for stage in STAGE_NAMES),
         "seed": str(config.seed),
         **{f"version.{library}": version(library) for library in LIBRARIES},
     }

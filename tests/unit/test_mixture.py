@@ -5,11 +5,13 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minivlm.data.duplicates import decode_signatures, row_key, text_signature
 from minivlm.data.mixture import Drawn, Fate, Rows, SourceRule, StageRule, draw, task_limits, weighted_limits
+
+few = settings(max_examples=60, deadline=None)
 
 
 def make_rows(count: int, *, source=0, task=0, text=None, pictures=None, held_out=False, files=1) -> Rows:
@@ -33,10 +35,6 @@ def make_rows(count: int, *, source=0, task=0, text=None, pictures=None, held_ou
         clip_score=np.full(count, np.nan, np.float32),
         signatures=np.zeros((count, 0), np.uint8),
     )
-
-
-def rated_as(rows: Rows, **columns: np.ndarray) -> Rows:
-    return replace(rows, **columns)
 
 
 def with_texts(rows: Rows, texts: list[str]) -> Rows:
@@ -64,7 +62,7 @@ def problems(draw_value) -> tuple[Rows, list[str], list[SourceRule], StageRule]:
         held_out=some(st.sampled_from([False, False, False, True])),
         files=2,
     )
-    rows = rated_as(rows, is_low_rated=np.array(some(st.sampled_from([False, False, True]))))
+    rows = replace(rows, is_low_rated=np.array(some(st.sampled_from([False, False, True]))))
     rows = with_texts(rows, some(st.sampled_from(["a red ball on a mat", "a red ball on a hat", "two cups", ""])))
     rule = SourceRule(
         weight=draw_value(st.none() | st.floats(0.1, 10)),
@@ -83,6 +81,7 @@ def problems(draw_value) -> tuple[Rows, list[str], list[SourceRule], StageRule]:
     return rows, ["/x/a.json", "/x/b.json"], rules, stage
 
 
+@few
 @given(problems(), st.randoms(use_true_random=False))
 def test_the_order_of_reading_never_changes_the_draw(problem, random):
     rows, files, sources, stage = problem
@@ -96,6 +95,7 @@ def test_the_order_of_reading_never_changes_the_draw(problem, random):
     assert again.fate.tolist() == drawn.fate[order].tolist()
 
 
+@few
 @given(problems())
 def test_every_row_has_one_reason_and_is_drawn_for_none(problem):
     rows, files, sources, stage = problem
@@ -105,6 +105,7 @@ def test_every_row_has_one_reason_and_is_drawn_for_none(problem):
     assert (drawn.fate[~trains] == Fate.DRAWN).all()  # never dropped either
 
 
+@few
 @given(problems())
 def test_dropping_duplicates_twice_drops_no_more_and_keeps_the_first(problem):
     rows, files, _, stage = problem
@@ -121,12 +122,14 @@ def test_dropping_duplicates_twice_drops_no_more_and_keeps_the_first(problem):
         assert any(first.fate[i] == Fate.DRAWN or first.fate[i] == Fate.NEAR_DUPLICATE for i in earlier)
 
 
+@few
 @given(st.integers(0, 60), st.integers(0, 5))
 def test_no_row_is_lost_without_a_setting(count, seed):
     drawn = draw(make_rows(count, source=np.arange(count) % 2), ["a"], [SourceRule()] * 2, StageRule(seed))
     assert drawn.copies.tolist() == [1] * count
 
 
+@few
 @given(st.lists(st.integers(1, 200), min_size=2, max_size=4), st.data())
 def test_weights_are_met_within_half_a_row_and_one_source_is_used_whole(counts, data):
     weights = [data.draw(st.floats(0.05, 20)) for _ in counts]
@@ -156,7 +159,7 @@ def test_repeats_are_exact_and_extra_copies_differ_by_seed():
 
 
 def test_repeat_of_a_source_multiplies_that_of_its_files():
-    rows = rated_as(make_rows(8), repeat=np.array([0.5] * 4 + [3.0] * 4))
+    rows = replace(make_rows(8), repeat=np.array([0.5] * 4 + [3.0] * 4))
     drawn = draw(rows, ["a"], [SourceRule(repeat=2.0)], StageRule())
     assert drawn.copies.tolist() == [1] * 4 + [6] * 4
 
@@ -185,7 +188,7 @@ def test_thinning_takes_further_copies_before_whole_rows():
 def test_low_quality_goes_first_and_what_has_no_score_stays():
     rows = make_rows(4, text=["same", "same", "b", "c"])
     scores = np.array([0.1, 0.3, 0.2, np.nan], np.float32)
-    rows = rated_as(rows, clip_score=scores, is_low_rated=np.array([False, False, True, False]))
+    rows = replace(rows, clip_score=scores, is_low_rated=np.array([False, False, True, False]))
     drawn = draw(rows, ["a"], [SourceRule(min_clip_score=0.25)], StageRule(duplicates="drop_equal"))
     assert drawn.fate.tolist() == [Fate.LOW_CLIP_SCORE, Fate.DRAWN, Fate.LOW_RATING, Fate.DRAWN]
 
