@@ -226,3 +226,13 @@ def test_other_pictures_are_compared_only_where_asked(across, left):
 def test_no_column_is_forgotten_when_rows_are_joined():
     rows = Rows.join([make_rows(2), make_rows(3)])
     assert {len(getattr(rows, item.name)) for item in fields(Rows)} == {5}
+
+
+def test_a_training_row_that_nearly_says_what_a_held_out_one_does_is_left_out():
+    rows = with_texts(make_rows(2, held_out=[False, True]), [BALL, BALL + "."])
+    drawn = draw(rows, ["a"], [SourceRule()], StageRule(duplicates="drop_near"))
+    assert drawn.fate.tolist() == [Fate.NEAR_DUPLICATE, Fate.DRAWN]
+
+
+def test_half_a_row_is_rounded_up():
+    assert draw(make_rows(3), ["a"], [SourceRule(repeat=1.5)], StageRule()).copies.sum() == 5
