@@ -104,3 +104,11 @@ def test_a_second_pass_drops_nothing_where_buckets_are_full():
     again = near_duplicates(given[left], groups[left], similarity=0.6, always_kept=kept[left])
     assert found.any()
     assert not again.any()
+
+
+def test_a_row_like_a_dropped_one_alone_is_kept():
+    chain = np.zeros((3, SIGNATURE_BYTES), np.uint8)
+    chain[1:, 100:] = 1  # the second agrees with the first in 100 of 120 bytes
+    chain[2, :20] = 2  # the third with the second in 100, with the first in 80
+    found = near_duplicates(chain, np.zeros(3, np.uint64), similarity=0.8, always_kept=np.zeros(3, bool))
+    assert found.tolist() == [False, True, False]
