@@ -116,7 +116,7 @@ class TrainConfig(Frozen):
     """How the three stages run; each stage's own settings are below."""
 
     num_workers: PositiveInt = 2
-    """Ray Train workers (data-parallel ranks)."""
+    """Ray Train workers (data-parallel ranks). An interrupted run may go on with another number of them."""
 
     use_gpu: bool = False
     """One GPU per worker and nccl, instead of CPU and gloo."""
@@ -128,7 +128,7 @@ class TrainConfig(Frozen):
     """torch threads of one worker."""
 
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + parameters sharded."""
+    """DeepSpeed ZeRO: 0 none, 1 optimizer, 2 + gradients, 3 + parameters sharded. It too may change on resume."""
 
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = "none"
     """What ZeRO holds in host memory instead of the GPU's. `optimizer` needs zero_stage 1 to 3, with parameters 3."""
