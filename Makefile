@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 export DS_BUILD_OPS := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo serve test check bench
+.PHONY: setup demo serve test check bench bench-demo
 
 setup: $(VENV)/.installed  ## virtual environment with the exact locked versions
 
@@ -33,5 +33,8 @@ check: setup  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## wall time and peak memory of the demo
+bench: setup  ## speed of training, encoding and preparation beside the machine's limits, in one table
+	$(BIN)/python -m benchmarks.table
+
+bench-demo: setup  ## wall time and peak memory of the demo
 	$(BIN)/python -m benchmarks.measure_command $(BIN)/python -m jobs.pipeline --config $(CONFIG) --ask

@@ -9,11 +9,20 @@ core. Linux only.
 
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
 
 INTERVAL_S = 5.0
+
+
+def command_line(process: psutil.Process) -> str:
+    """Arguments of one process (Ray's workers rename themselves there); empty once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def pss_bytes(process: psutil.Process) -> int:
@@ -24,24 +33,40 @@ def pss_bytes(process: psutil.Process) -> int:
         return 0
 
 
+class PeakMemory:
+    """Peak memory of this process's descendants whose command line contains `name` ("" = all of them), while in use."""
+
+    def __init__(self, name: str = "", *, interval_s: float = INTERVAL_S) -> None:
+        self.peak_bytes, self.num_processes = 0, 0
+        self._name, self._interval_s = name, interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            family = [child for child in psutil.Process().children(recursive=True) if self._name in command_line(child)]
+            total = sum(pss_bytes(process) for process in family)
+            if total > self.peak_bytes:
+                self.peak_bytes, self.num_processes = total, len(family)
+
+
 def main(command: list[str]) -> int:
     """Run `command`, report, and return its exit code."""
     started = time.monotonic()
-    child = subprocess.Popen(command)
-    root = psutil.Process(child.pid)
-    peak, peak_count = 0, 0
-    while child.poll() is None:
-        try:
-            family = [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            break
-        total = sum(pss_bytes(process) for process in family)
-        if total > peak:
-            peak, peak_count = total, len(family)
-        time.sleep(INTERVAL_S)
-    code = child.wait()
-    seconds = time.monotonic() - started
-    print(f"wall {seconds:.1f} s, peak memory {peak / 2**30:.2f} GiB PSS over {peak_count} processes, exit code {code}")
+    with PeakMemory() as memory:
+        code = subprocess.call(command)
+    seconds, peak = time.monotonic() - started, memory.peak_bytes / 2**30
+    print(
+        f"wall {seconds:.1f} s, peak memory {peak:.2f} GiB PSS over {memory.num_processes} processes, exit code {code}"
+    )
     return code
 
 

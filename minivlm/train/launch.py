@@ -91,7 +91,7 @@ def run_stage(config: Config, stage: StageName) -> StageResult:
     if first_step < job.total_steps:
         if first_step:
             log.info("%s continues after step %d of %d: %s", job.stage, first_step, job.total_steps, job.run_dir)
-        _train(job, first_step)
+        train_on_cluster(job, first_step)
     return finish(job)
 
 
@@ -184,7 +184,12 @@ def _read_directly(config: Config, train_table: Path, val_table: Path | None, in
     return digests
 
 
-def _train(job: StageJob, first_step: int) -> None:
+def train_on_cluster(job: StageJob, first_step: int) -> None:
+    """The steps of a stage from `first_step` on, by Ray Train; needs an initialised Ray.
+
+    Raises:
+        TrainingError: a loss that is not finite, or workers that died too often.
+    """
     train = job.config.train
     job.run_dir.mkdir(parents=True, exist_ok=True)
     for name in RAY_RECORDS:
