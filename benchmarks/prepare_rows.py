@@ -3,7 +3,7 @@
     python -m benchmarks.prepare_rows [--rows 4000]
 
 LLaVA JSON whose rows name four times fewer small JPEGs, as MiniMind-V's do; each size runs in a process of its own with
-a cluster of its own, whose start is measured by a run of a hundredth of the rows and subtracted.
+a cluster of its own that has worked on a few rows before.
 """
 
 import argparse
@@ -19,23 +19,9 @@ from PIL import Image
 
 from benchmarks.measure_command import PeakMemory
 
+TINY = Path("configs/tiny.yaml")
 ROWS_PER_PICTURE = 4
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "small",
-    "large",
-    "dog",
-    "cat",
-    "house",
-    "tree",
-    "stands",
-    "under",
-    "near",
-    "old",
-    "street",
-]
+WORDS = "red blue green small large dog cat house tree stands under near old street"
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -48,7 +34,7 @@ def write_rows(folder: Path, count: int) -> Path:
         if index % ROWS_PER_PICTURE == 0:
             pixels = random.integers(0, 256, (12, 12, 3), np.uint8)
             Image.fromarray(pixels).resize((96, 96)).save(folder / picture)
-        caption = " ".join(random.choice(WORDS, random.integers(8, 25)))
+        caption = " ".join(random.choice(WORDS.split(), random.integers(8, 25)))
         turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": f"{caption} {index}"}]
         rows.append({"id": str(index), "image": picture, "conversations": turns})
     path = folder / "rows.json"
@@ -56,33 +42,36 @@ def write_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def prepare(path: Path, home: Path) -> None:
-    """What `jobs.prepare` does with rows: validate them, train the tokenizer, write the token table."""
+def prepare(small: Path, path: Path) -> float:
+    """Seconds of what `jobs.prepare` does with rows: validate them, train the tokenizer, write the token table.
+
+    `small` goes through first, so that the cluster's processes have started.
+    """
     from minivlm.config import load_config
     from minivlm.data.pipeline import build_tokens, prepare_samples
     from minivlm.workflow.cluster import connect, disconnect
 
-    source = json.dumps([{"path": str(path), "split": "train"}])
-    sources = [f"data.pretrain={source}", f"data.sft={source}"]
-    config = load_config(Path("configs/tiny.yaml"), [f"storage_path={home}", "tokenizer.vocab_size=600", *sources])
-    connect(config)
-    try:
+    seconds = 0.0
+    for rows in (small, path):
+        source = json.dumps([{"path": str(rows), "split": "train"}])
+        sources = [f"data.pretrain={source}", f"data.sft={source}"]
+        home = path.with_name(f"home-{rows.parent.name}")
+        config = load_config(TINY, [f"storage_path={home}", "tokenizer.vocab_size=600", *sources])
+        if rows == small:
+            connect(config)
+        started = time.monotonic()
         prepare_samples(config)
         build_tokens(config, "pretrain", "train")
-    finally:
-        disconnect()
+        seconds = time.monotonic() - started
+    disconnect()
+    return seconds
 
 
-def measure(path: Path, home: Path) -> tuple[float, int]:
-    """Seconds and peak bytes (PSS of all processes) of one preparation."""
-    started = time.monotonic()
-    process = multiprocessing.get_context("spawn").Process(target=prepare, args=(path, home))
-    with PeakMemory(interval_s=2.0) as memory:
-        process.start()
-        process.join()
-    if process.exitcode:
-        raise RuntimeError(f"preparation of {path} ended with exit code {process.exitcode}")
-    return time.monotonic() - started, memory.peak_bytes
+def measure(small: Path, path: Path) -> tuple[float, int]:
+    """Seconds, and peak bytes (PSS) of the driver, the cluster and its tasks together, in processes of their own."""
+    with PeakMemory(interval_s=2.0) as memory, multiprocessing.get_context("spawn").Pool(1) as pool:
+        seconds = pool.apply(prepare, (small, path))
+    return seconds, memory.peak_bytes
 
 
 def main() -> None:
@@ -93,16 +82,14 @@ def main() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = (max(1, rows // 100), rows, 10 * rows)
-        results = {}
-        for size in sizes:
-            path = write_rows(folder / f"rows{size}", size)
-            results[size] = measure(path, folder / f"home{size}")
-            print(f"{size} rows: {results[size][0]:.1f} s, {results[size][1] / 2**30:.2f} GiB", flush=True)
-    start = results[sizes[0]][0]
-    per_row = [(results[size][0] - start) / (size - sizes[0]) * 1e3 for size in sizes[1:]]
-    print(f"per row after the start: {per_row[0]:.2f} ms and {per_row[1]:.2f} ms: {per_row[1] / per_row[0]:.2f}x")
-    print(f"peak memory: {results[sizes[2]][1] / results[sizes[1]][1]:.2f}x")
+        small = write_rows(folder / "small", 40)
+        results = []
+        for size in (rows, 10 * rows):
+            seconds, peak = measure(small, write_rows(folder / f"rows{size}", size))
+            results.append((seconds / size, peak))
+            print(f"{size} rows: {seconds:.1f} s, {peak / 2**30:.2f} GiB", flush=True)
+    (per_row, peak), (per_row_10x, peak_10x) = results
+    print(f"10x the rows: {per_row_10x / per_row:.2f}x the time per row, {peak_10x / peak:.2f}x the peak memory")
 
 
 if __name__ == "__main__":
