@@ -9,13 +9,14 @@ to the cache are included, the start of cluster and actors is shown apart (by en
 import argparse
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from benchmarks.machine import describe, measure_limits
+from benchmarks.machine import Limits, describe, measure_limits, median_seconds
 from minivlm.config import load_config
 from minivlm.data.encode import Encoders, Tower, encode_images
 from minivlm.data.features import FeatureCache
@@ -52,11 +53,38 @@ def write_tower(folder: Path) -> None:
     save_clip(tower, folder)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Pictures per second."""
+
+    actors: float
+    """Files to cache, through Ray Data."""
+
+    tower: float
+    """Ready pixels to features, in one process."""
+
+    start_s: float
+    """Cluster's first actor, one picture included; not in `actors`."""
+
+    def describe(self, limits: Limits, precision: str) -> str:
+        """One line."""
+        rate, peak = self.actors * VIT_B32_GFLOP, limits.matmul_gflops[precision]
+        return (
+            f"{self.actors:.1f} pictures/s ({precision}) after a start of {self.start_s:.1f} s, "
+            f"{rate:.0f} GFLOP/s = {rate / peak:.0%} of the product; the tower alone {self.tower:.1f} pictures/s"
+        )
+
+
 def main() -> None:
     """Measure and print."""
-    arguments = _parse()
+    arguments = parse()
     limits = measure_limits(torch.device("cpu"), threads=arguments.threads)
     print(describe(limits, torch.device("cpu")), flush=True)
+    print(measure(arguments).describe(limits, arguments.precision))
+
+
+def measure(arguments: argparse.Namespace) -> Rates:
+    """Write pictures and a tower, encode them on a local cluster; a minute or more."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = load_config(Path("configs/minimind-v-v1-small.yaml"), [f"storage_path={folder}"])
@@ -69,42 +97,34 @@ def main() -> None:
         pictures = {read_image(path, image_limits(config))[1]: str(path) for path in paths}
         first = dict(list(pictures.items())[:1])
         encoders = Encoders(arguments.actors, 1.0, 0.0, arguments.threads)
+        times = []
         connect(config)
         try:
-            started = time.perf_counter()
-            encode_images(first, cache, settings, encoders, image_limits(config))
-            start_s = time.perf_counter() - started
-            started = time.perf_counter()
-            encode_images(pictures, cache, settings, encoders, image_limits(config))
-            total_s = time.perf_counter() - started
+            for part in (first, pictures):
+                started = time.perf_counter()
+                encode_images(part, cache, settings, encoders, image_limits(config))
+                times.append(time.perf_counter() - started)
         finally:
             disconnect()
-    rate = arguments.pictures / (total_s - start_s)
-    peak = limits.matmul_gflops[arguments.precision]
-    print(
-        f"{arguments.pictures} pictures, {arguments.precision}: {rate:.1f}/s after a start of {start_s:.1f} s; "
-        f"{rate * VIT_B32_GFLOP:.0f} GFLOP/s = {rate * VIT_B32_GFLOP / peak:.0%} of the {arguments.precision} product; "
-        f"the tower alone {arguments.batch / seconds:.1f} pictures/s"
-    )
+    return Rates(arguments.pictures / (times[1] - times[0]), arguments.batch / seconds, times[0])
 
 
 def plain_seconds(tower: VisionTower, path: Path) -> float:
     """Median time of one batch of ready pixels in this process."""
-    from benchmarks.machine import median_seconds
-
     with Image.open(path) as picture:
         pixel_values = tower.preprocess([picture.convert("RGB")] * tower.batch_size)
     return median_seconds(lambda: tower.encode(pixel_values), torch.device("cpu"), repeats=3)
 
 
-def _parse() -> argparse.Namespace:
+def parse(command_line: list[str] | None = None) -> argparse.Namespace:
+    """Arguments, by default those of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16, help="fixed batch of the tower")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="torch threads of one actor")
-    return parser.parse_args()
+    return parser.parse_args(command_line)
 
 
 if __name__ == "__main__":

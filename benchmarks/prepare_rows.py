@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +75,16 @@ def measure(small: Path, path: Path) -> tuple[float, int]:
     return seconds, memory.peak_bytes
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4000, help="of the smaller run; the larger one has ten times these")
-    rows = parser.parse_args().rows
+@dataclass(frozen=True)
+class Growth:
+    """The larger run over the smaller one."""
+
+    time_per_row: float
+    peak_memory: float
+
+
+def compare(rows: int) -> Growth:
+    """Prepare `rows` and ten times as many; prints both."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -89,7 +95,15 @@ def main() -> None:
             results.append((seconds / size, peak))
             print(f"{size} rows: {seconds:.1f} s, {peak / 2**30:.2f} GiB", flush=True)
     (per_row, peak), (per_row_10x, peak_10x) = results
-    print(f"10x the rows: {per_row_10x / per_row:.2f}x the time per row, {peak_10x / peak:.2f}x the peak memory")
+    return Growth(per_row_10x / per_row, peak_10x / peak)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4000, help="of the smaller run; the larger one has ten times these")
+    growth = compare(parser.parse_args().rows)
+    print(f"10x the rows: {growth.time_per_row:.2f}x the time per row, {growth.peak_memory:.2f}x the peak memory")
 
 
 if __name__ == "__main__":

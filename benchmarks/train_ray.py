@@ -10,6 +10,7 @@ import argparse
 import multiprocessing
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -40,26 +41,51 @@ PRESET = Path("configs/minimind-v-v1-small.yaml")
 WARMUP = 3
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """The same steps through Ray and DeepSpeed, and in a plain loop before and after."""
+
+    ray: Speed
+    plain: tuple[Speed, Speed]
+    waited_s: float
+    """Of the time in `ray`: spent waiting for batches."""
+
+    memory_bytes: int
+    """Peak of the worker (PSS)."""
+
+    @property
+    def ratio(self) -> float:
+        """Median over the steps of Ray's time over the mean of the plain ones."""
+        times = zip(self.ray.step_seconds, *(speed.step_seconds for speed in self.plain), strict=True)
+        return statistics.median(ray_s / ((first + second) / 2) for ray_s, first, second in times)
+
+    @property
+    def waiting(self) -> float:
+        """Share of the time."""
+        return self.waited_s / sum(self.ray.step_seconds)
+
+
 def main() -> None:
     """Measure and print."""
-    arguments = _parse()
+    arguments = parse()
     limits = measure_limits(torch.device("cpu"), threads=arguments.threads)
     print(describe(limits, torch.device("cpu")), flush=True)
+    result = compare(arguments)
+    for label, speed in (("plain", result.plain[0]), ("Ray", result.ray), ("plain again", result.plain[1])):
+        print(f"{label}: {speed.describe(limits, arguments.precision)}")
+    print(f"Ray over plain, median of the same steps: {result.ratio:.3f}; waiting for data: {result.waiting:.2%}")
+    print(f"peak memory of the worker: {result.memory_bytes / 2**30:.2f} GiB PSS")
+
+
+def compare(arguments: argparse.Namespace) -> Comparison:
+    """Run all three; minutes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = write_table(folder / "table", arguments.samples, seed=0)
         features = write_features(folder / "features", arguments.samples, seed=0)
-        plain = [measure_plain(folder, arguments)]
-        job = make_job(folder, table, features, arguments)
-        speed, waited, memory = measure_ray(job, table)
-        plain.append(measure_plain(folder, arguments))
-    for label, result in (("plain", plain[0]), ("Ray", speed), ("plain again", plain[1])):
-        print(f"{label}: {result.describe(limits, arguments.precision)}")
-    pairs = zip(speed.step_seconds, plain[0].step_seconds, plain[1].step_seconds, strict=True)
-    ratio = statistics.median(ray_s / ((first + second) / 2) for ray_s, first, second in pairs)
-    share = waited / sum(speed.step_seconds)
-    print(f"Ray over plain, median of the same steps: {ratio:.3f}; waiting for data: {share:.2%} of the time")
-    print(f"peak memory of the worker: {memory / 2**30:.2f} GiB PSS")
+        before = measure_plain(folder, arguments)
+        speed, waited, memory = measure_ray(make_job(folder, table, features, arguments), table)
+        return Comparison(speed, (before, measure_plain(folder, arguments)), waited, memory)
 
 
 def measure_plain(folder: Path, arguments: argparse.Namespace) -> Speed:
@@ -139,7 +165,8 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Config:
     )
 
 
-def _parse() -> argparse.Namespace:
+def parse(command_line: list[str] | None = None) -> argparse.Namespace:
+    """Arguments, by default those of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--zero-stage", type=int, default=2)
@@ -148,7 +175,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=512, help="distinct captions and pictures")
     parser.add_argument("--steps", type=int, default=20, help="measured steps, after three others")
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    return parser.parse_args(command_line)
 
 
 if __name__ == "__main__":
