@@ -7,6 +7,7 @@ DataLoader does), and the plan's time per sample. Needs numpy only.
 """
 
 import time
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,14 +33,13 @@ def plain_share(lengths: np.ndarray, batch_size: int) -> float:
     return 1 - int(lengths.sum()) / sum(len(batch) * int(batch.max()) for batch in batches)
 
 
-def main() -> None:
-    """Print one row per distribution and layout."""
-    print("lengths | batch | workers | micro-batch tokens | padding | plain batches | plan, us per sample")
-    cases = [
-        ("captions, 11 to 34 + 50 + 14", total_lengths(caption_lengths(NUM_SAMPLES, SEED)), 2048),
-        ("long tail, median 60, to 1,900", total_lengths(long_tailed_lengths(NUM_SAMPLES, SEED)), 4096),
+def cases() -> Iterator[tuple[str, np.ndarray, int, list[PlannedStep], float]]:
+    """Name, lengths, batch size, plan and its microseconds per sample, for each distribution and three layouts."""
+    distributions = [
+        ("captions of 11 to 34", total_lengths(caption_lengths(NUM_SAMPLES, SEED)), 2048),
+        ("long tail to 1,900", total_lengths(long_tailed_lengths(NUM_SAMPLES, SEED)), 4096),
     ]
-    for name, lengths, micro_batch_tokens in cases:
+    for name, lengths, micro_batch_tokens in distributions:
         for batch_size, world_size in ((16, 1), (64, 2), (256, 8)):
             started = time.perf_counter()
             steps = plan_epoch(
@@ -52,10 +52,15 @@ def main() -> None:
                 pack_length=128,
             )
             micros = (time.perf_counter() - started) / len(lengths) * 1e6
-            print(
-                f"{name} | {batch_size} | {world_size} | {micro_batch_tokens} | {padding_share(steps, lengths):.1%} | "
-                f"{plain_share(lengths, batch_size):.1%} | {micros:.0f}"
-            )
+            label = f"{name}, batch {batch_size}, {world_size} workers, {micro_batch_tokens} tokens"
+            yield label, lengths, batch_size, steps, micros
+
+
+def main() -> None:
+    """Print one row per distribution and layout."""
+    print("lengths | padding | plain batches | plan, us per sample")
+    for name, lengths, batch_size, steps, micros in cases():
+        print(f"{name} | {padding_share(steps, lengths):.1%} | {plain_share(lengths, batch_size):.1%} | {micros:.0f}")
 
 
 if __name__ == "__main__":

@@ -134,13 +134,16 @@ class Speed:
         """Over all steps, padding not counted."""
         return sum(map(sum, self.step_lengths)) / sum(self.step_seconds)
 
-    def describe(self, limits: Limits, precision: str) -> str:
-        """One line with the shares of the machine's limits."""
+    def matmul_share(self, limits: Limits, precision: str) -> str:
+        """Needed operations per second, and their share of the machine's matrix product."""
         rate = sum(self.step_flops) / sum(self.step_seconds) / 1e9
-        shares = [f"{rate / limits.matmul_gflops[kind]:.1%} of the {kind} product" for kind in {precision, "bfloat16"}]
+        return f"{rate:.4g} GFLOP/s = {rate / limits.matmul_gflops[precision]:.0%} of the {precision} product"
+
+    def describe(self, limits: Limits, precision: str) -> str:
+        """One line."""
         return (
             f"{self.samples_per_s:.1f} samples/s, {self.tokens_per_s:.0f} tokens/s, "
-            f"{statistics.median(self.step_seconds) * 1e3:.0f} ms a step, {rate:.3g} GFLOP/s = {', '.join(shares)}"
+            f"{statistics.median(self.step_seconds) * 1e3:.0f} ms a step, {self.matmul_share(limits, precision)}"
         )
 
 
