@@ -92,7 +92,7 @@ def measure(arguments: argparse.Namespace) -> Rates:
         paths = write_pictures(folder / "pictures", arguments.pictures + 1)
         settings = Tower(str(folder / "tower"), arguments.precision, -1, arguments.batch)
         tower = settings.load("cpu")
-        cache = FeatureCache(folder / "features", tower.fingerprint, (tower.num_image_tokens, tower.hidden_size))
+        cache = FeatureCache(folder / "features", tower.fingerprint, (tower.num_features, tower.hidden_size))
         seconds = plain_seconds(tower, paths[0])
         pictures = {read_image(path, image_limits(config))[1]: str(path) for path in paths}
         first = dict(list(pictures.items())[:1])

@@ -135,7 +135,7 @@ def make_job(folder: Path, table: TokenTable, features: FeatureCache, arguments:
         train_table=table.directory,
         val_table=None,
         features_dir=features.directory,
-        num_image_tokens=IMAGE_TOKENS,
+        num_features=IMAGE_TOKENS,
         vision_size=VISION_SIZE,
         tokenizer_path=str(folder / "tokenizer"),
         tower_path=str(folder / "tower"),
