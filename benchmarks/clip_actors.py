@@ -18,9 +18,11 @@ from PIL import Image, ImageFilter
 
 from benchmarks.machine import Limits, describe, measure_limits, median_seconds
 from minivlm.config import load_config
-from minivlm.data.encode import Encoders, Tower, encode_images
+from minivlm.data.encode import encode_images
+from minivlm.data.encoder import Encoders, Encoding, Tower
 from minivlm.data.features import FeatureCache
 from minivlm.data.images import read_image
+from minivlm.data.pictures import PicturePaths
 from minivlm.data.settings import image_limits
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.vision import VisionTower
@@ -95,14 +97,15 @@ def measure(arguments: argparse.Namespace) -> Rates:
         cache = FeatureCache(folder / "features", tower.fingerprint, (tower.num_features, tower.hidden_size))
         seconds = plain_seconds(tower, paths[0])
         pictures = {read_image(path, image_limits(config))[1]: str(path) for path in paths}
-        first = dict(list(pictures.items())[:1])
+        PicturePaths.write(folder / "paths", pictures)
         encoders = Encoders(arguments.actors, 1.0, 0.0, arguments.threads)
+        encoding = Encoding(settings, encoders, image_limits(config), folder / "paths", cache.directory)
         times = []
         connect(config)
         try:
-            for part in (first, pictures):
+            for part in (list(pictures)[:1], pictures):
                 started = time.perf_counter()
-                encode_images(part, cache, settings, encoders, image_limits(config))
+                encode_images(part, cache, encoding)
                 times.append(time.perf_counter() - started)
         finally:
             disconnect()

@@ -135,6 +135,7 @@ def make_job(folder: Path, table: TokenTable, features: FeatureCache, arguments:
         train_table=table.directory,
         val_table=None,
         features_dir=features.directory,
+        encoding=None,
         num_features=IMAGE_TOKENS,
         vision_size=VISION_SIZE,
         tokenizer_path=str(folder / "tokenizer"),
