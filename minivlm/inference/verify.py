@@ -108,9 +108,10 @@ def verify_export(folder: Path, asked: Sequence[tuple[Image.Image, str]]) -> Ver
     largest = 0.0
     for (picture, question), prompt, answer in zip(asked, prompts, answers, strict=True):
         logits = _logits(ours, prompt.input_ids, prompt.image_features)
-        largest = max(largest, float((logits - other.logits(prompt.input_ids, picture)).abs().max()))
-        if not largest <= TOLERANCE:
-            raise CheckpointError(f"{folder}: logits differ by {largest:.2g}: {question!r}")
+        difference = float((logits - other.logits(prompt.input_ids, picture)).abs().max())
+        if not difference <= TOLERANCE:  # nor where it is no number
+            raise CheckpointError(f"{folder}: logits differ by {difference:.2g}: {question!r}")
+        largest = max(largest, difference)
         theirs = other.answer(prompt.input_ids, picture)
         theirs = theirs[: theirs.index(eos)] if eos in theirs else theirs
         if theirs != answer:

@@ -75,7 +75,8 @@ class ResamplerProjector(nn.Module):
 
     def forward(self, image_features: Tensor) -> Tensor:
         """[N, P, D_vision] -> [N, queries, D_text]."""
-        features = self.linear_1(image_features) + self.positions
+        features = self.linear_1(image_features)
+        features = features + self.positions.to(features.dtype)  # engines cast parameters, not all of them buffers
         queries = self.queries.expand(len(features), -1, -1)
         for block in self.blocks:
             queries = block(queries, features)

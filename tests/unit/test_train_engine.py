@@ -284,3 +284,14 @@ def test_a_resamplers_queries_train_as_in_plain_torch(zero_stage):
     assert losses == pytest.approx(expected, rel=1e-5)
     assert not torch.equal(plain.projector.queries, before)
     assert_close(engine.gather_state_dict()["projector.queries"], plain.projector.queries.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+@pytest.mark.parametrize("optimizer", [SETTINGS, MUON], ids=["adamw", "muon"])
+def test_a_resampler_trains_in_bfloat16(zero_stage, optimizer):
+    """Engines cast its parameters, but not the positions that it adds to the features."""
+    if optimizer is MUON and zero_stage == 0:
+        pytest.skip("stage 0 clips gradients before either optimizer")
+    expected, _ = run_plain(tiny_vlm("resampler"))
+    losses, _ = run_engine(make_engine(zero_stage, "bfloat16", tiny_vlm("resampler"), optimizer), range(STEPS))
+    assert_close(torch.tensor(losses), torch.tensor(expected), atol=0.03, rtol=0)

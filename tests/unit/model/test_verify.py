@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from minivlm.inference.verify import TOLERANCE, verify_export
 from minivlm.model.checkpoint import CheckpointError
@@ -34,4 +35,14 @@ def test_another_way_of_decoding_is_found_out(folder, pictures):
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 5.0}))
     with pytest.raises(CheckpointError, match="transformers answers"):
+        verify_export(folder, [(pictures[0], QUESTION)])
+
+
+def test_logits_that_are_no_numbers_are_not_equal(folder, pictures):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight" if "lm_head.weight" in weights else "language_model.lm_head.weight"].fill_(3e38)
+    save_file(weights, path, metadata={"format": "pt"})
+    (folder / "minivlm.json").unlink()  # the head differs from the embedding now
+    with pytest.raises(CheckpointError, match="logits differ by nan"):
         verify_export(folder, [(pictures[0], QUESTION)])
