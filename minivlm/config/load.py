@@ -149,7 +149,8 @@ def _number(value: Any) -> Any:
 def _explain(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
-        return f"{key or 'config'}: {item['msg'].removeprefix('Value error, ')} (got {str(item['input'])[:80]!r})"
+        message = f"{key or 'config'}: {item['msg'].removeprefix('Value error, ')}"
+        return message if isinstance(item["input"], dict) else f"{message} (got {str(item['input'])[:80]!r})"
     parent: Any = Config
     for part in item["loc"][:-1]:
         parent = _group(parent, part)

@@ -17,6 +17,9 @@ from typing import Any
 from minivlm.storage import file_sha256, write_json
 
 MANIFEST = "manifest.json"
+COMMITTED = "step=" + 8 * "[0-9]"
+"""Names of committed folders; a copy that somebody made beside them is none."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -35,9 +38,13 @@ def temporary_dir(run_dir: Path, step: int) -> Path:
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """Empty the temporary folder of an earlier, interrupted attempt. Rank 0 calls it before a barrier."""
+    """A new temporary folder; those of interrupted attempts go first, as a full disk may be what interrupted them.
+
+    Rank 0 calls it before a barrier.
+    """
     temporary = temporary_dir(run_dir, step)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in temporary.parent.glob(".step=*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -102,9 +109,9 @@ def newest_complete(run_dir: Path) -> Path | None:
 
     Incomplete or corrupt ones are passed over with a warning that says why.
     """
-    for path in sorted((run_dir / "checkpoints").glob("step=*"), reverse=True):
+    for path in sorted((run_dir / "checkpoints").glob(COMMITTED), reverse=True):
         try:
-            verify_manifest(path)
+            _check_step(path, verify_manifest(path))
         except CheckpointError as error:
             logger.warning("Checkpoint passed over: %s", error)
             continue
@@ -112,11 +119,23 @@ def newest_complete(run_dir: Path) -> Path | None:
     return None
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and what interrupted saves left."""
+def prune(run_dir: Path, keep: int, *, newest: int) -> None:
+    """Delete all but the `keep` newest committed checkpoints, and what interrupted saves left.
+
+    Args:
+        newest: step that was just committed. Those of later steps are corrupt, or resume would not have passed them
+            over; they go, instead of taking the place of good ones.
+    """
     checkpoints = run_dir / "checkpoints"
-    for path in [*sorted(checkpoints.glob("step=*"), reverse=True)[keep:], *checkpoints.glob(".step=*")]:
+    committed = sorted(checkpoints.glob(COMMITTED), reverse=True)
+    good = [path for path in committed if path <= checkpoint_dir(run_dir, newest)][:keep]
+    for path in [*(path for path in committed if path not in good), *checkpoints.glob(".step=*")]:
         shutil.rmtree(path)
+
+
+def _check_step(directory: Path, manifest: dict[str, Any]) -> None:
+    if manifest.get("step") != int(directory.name.removeprefix("step=")):
+        raise CheckpointError(f"{directory / MANIFEST} is of step {manifest.get('step')}. Delete the folder")
 
 
 def _file_names(directory: Path) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from minivlm.data.collate import collate, unpack_batch
 from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import TokenTable
-from minivlm.model.checkpoint import MANIFEST, begin, commit, newest_complete, prune
+from minivlm.model.checkpoint import MANIFEST, CheckpointError, begin, commit, newest_complete, prune
 from minivlm.model.export import save_export
 from minivlm.train.engine import Engine, StepReport
 from minivlm.train.initial import exported_model, initial_model, prepare_model
@@ -57,7 +57,7 @@ def train_loop(job: StageJob, rows: Rows, device: torch.device, report: Report) 
     torch.set_num_threads(job.config.train.threads_per_worker)
     try:
         StageWorker(job, device, report).run(rows)
-    except TrainingError as error:
+    except (TrainingError, CheckpointError) as error:
         return {"error": str(error)}
     return {}
 
@@ -212,10 +212,15 @@ class StageWorker:
         dist.broadcast_object_list(found, src=0)
         if found[0] is None:
             return 0
-        state = json.loads((found[0] / MANIFEST).read_text())["client_state"]
-        self.engine.load(found[0] / "engine", updates=state["step"])
-        self.shift.load_state_dict(state["reward_shift"])
-        return int(state["step"])
+        manifest = json.loads((found[0] / MANIFEST).read_text())
+        try:
+            self.shift.load_state_dict(manifest["client_state"]["reward_shift"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{found[0] / MANIFEST} has no reward shift ({error!r}). Delete {found[0]}"
+            ) from error
+        self.engine.load(found[0] / "engine", updates=manifest["step"])
+        return int(manifest["step"])
 
     def _save(self, step: int, line: dict[str, float]) -> Path:
         """Commit a checkpoint of all ranks; returns its folder."""
@@ -225,7 +230,7 @@ class StageWorker:
         folder = [begin(job.run_dir, step)] if self.rank == 0 else [None]
         dist.broadcast_object_list(folder, src=0)
         assert folder[0] is not None
-        client_state = {"step": step, "reward_shift": self.shift.state_dict()}
+        client_state = {"reward_shift": self.shift.state_dict()}
         self.engine.save(folder[0] / "engine")
         dist.barrier()
         final: list[Path | None] = [None]
@@ -239,7 +244,7 @@ class StageWorker:
             )
             meta = {"stage": job.stage, "step": step, "world_size": self.world_size, "zero_stage": train.zero_stage}
             final = [commit(job.run_dir, step, {**meta, "metrics": line, "client_state": client_state})]
-            prune(job.run_dir, train.keep_checkpoints)
+            prune(job.run_dir, train.keep_checkpoints, newest=step)
         dist.broadcast_object_list(final, src=0)
         assert final[0] is not None
         return final[0]

@@ -25,21 +25,30 @@ def check_placement(config: Config, *, cpus: float, gpus: float, encoders_beside
             if encoders_beside
             else ""
         )
-        fitting = max(0.1, int((cpus - DATA_CPUS - encoders) / train.num_workers * 10) / 10)
         raise ConfigError(
             f"train.num_workers={train.num_workers} x train.cpus_per_worker={train.cpus_per_worker:g}{beside} and "
             f"{DATA_CPUS:g} CPU for data need {needed:g} CPUs, the cluster has {cpus:g}: nothing would ever start. "
-            f"Type train.cpus_per_worker={fitting:g}, or fewer train.num_workers"
+            + _fitting(train.num_workers, cpus - DATA_CPUS - encoders)
             + (", or clip.cpus_per_encoder=0.5, or data.features=cached" if encoders_beside else "")
         )
     if train.use_gpu and train.num_workers > gpus:
         raise ConfigError(
             f"train.num_workers={train.num_workers} with train.use_gpu=true needs as many GPUs, "
-            f"the cluster has {gpus:g}. Type train.num_workers={max(1, int(gpus))}"
-            + ("" if gpus else " train.use_gpu=false")
+            f"the cluster has {gpus:g}. Type "
+            + (f"train.num_workers={int(gpus)}" if gpus >= 1 else "train.use_gpu=false")
         )
     if encoders_beside:
         _check_encoder_gpus(config, gpus)
+
+
+def _fitting(num_workers: int, cpus: float) -> str:
+    """What to type where the workers have so many CPUs together; tenths of one are shared out."""
+    tenths = int(cpus * 10 + 1e-6)
+    if tenths < 1:
+        return "Give the cluster more CPUs (cluster.num_cpus, or more nodes)"
+    if tenths < num_workers:
+        return f"Type train.num_workers={tenths} train.cpus_per_worker=0.1"
+    return f"Type train.cpus_per_worker={tenths // num_workers / 10:g}, or fewer train.num_workers"
 
 
 def _check_encoder_gpus(config: Config, gpus: float) -> None:

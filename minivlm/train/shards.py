@@ -64,13 +64,16 @@ class SavedShards:
         self._places: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
         paths = sorted(directory.glob("rank=*.safetensors"))
         if not paths:
-            raise CheckpointError(f"No training state under {directory}: delete {directory.parent} and run it again")
+            raise CheckpointError(
+                f"No training state of this version under {directory}. "
+                f"Delete {directory.parent.parent} and run it again"
+            )
         for path in paths:
             try:
                 file = safe_open(path, "pt")
                 for label in file.keys():  # noqa: SIM118 (not a dict)
                     name, key, start = label.rsplit("/", 2)
-                    length = file.get_slice(label).get_shape()[0]
+                    (length,) = file.get_slice(label).get_shape()
                     self._places.setdefault((name, key), []).append((int(start), length, file, label))
             except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{path} holds no training state ({error}). Delete {directory.parent}") from error
@@ -78,13 +81,14 @@ class SavedShards:
             places.sort(key=lambda place: place[:2])
 
     def check(self, sizes: Mapping[str, int]) -> None:
-        """Every learning parameter must be saved whole, and nothing else.
+        """Every learning parameter must be saved, nothing else, and all states whole: on every worker, or on none.
 
         Args:
             sizes: elements of each learning parameter by name.
 
         Raises:
-            CheckpointError: the message counts matched, missing, unexpected and mis-sized parameters.
+            CheckpointError: the message counts matched, missing, unexpected and mis-sized parameters, or names a state
+                that was not saved whole.
         """
         saved = {name: self._size(name) for name, key in self._places if key == MASTER}
         report = compare_shapes(saved, sizes)
@@ -92,6 +96,8 @@ class SavedShards:
             raise CheckpointError(
                 f"{self._directory} is the state of another model: {report}. Delete {self._directory.parent}"
             )
+        for name, key in self._places:
+            self._check_whole(name, key, sizes.get(name, 0))
 
     def read(self, name: str, key: str, start: int, length: int) -> Tensor:
         """Elements start..start+length-1 of a state, [length], on the CPU.
@@ -114,6 +120,16 @@ class SavedShards:
     def fill(self, shard: Shard) -> None:
         """Overwrite a shard's values with what was saved."""
         shard.values.copy_(self.read(shard.name, shard.key, shard.start, shard.values.numel()))
+
+    def _check_whole(self, name: str, key: str, size: int) -> None:
+        end = 0
+        for start, length, *_ in self._places[name, key]:
+            end = max(end, start + length) if start <= end else end
+        if end != size:
+            raise CheckpointError(
+                f"{self._directory} holds elements 0 to {end} of {size} of {key} of {name}. "
+                f"Delete {self._directory.parent}"
+            )
 
     def _size(self, name: str) -> int:
         return max(start + length for start, length, *_ in self._places[name, MASTER])

@@ -95,6 +95,7 @@ def test_training_settings_that_do_not_go_together_say_what_to_type(empty, overr
     with pytest.raises(ConfigError) as caught:
         load_config(empty, overrides)
     assert message in str(caught.value)
+    assert '(got "{' not in str(caught.value)  # the whole tree would stand behind what to type
 
 
 @pytest.mark.parametrize(

@@ -42,3 +42,27 @@ def test_the_dry_run_counts_the_encoders_and_says_what_would_be_refused():
     assert "at once          3 CPUs, 0 GPUs: trainers, encoders and data tasks of a stage" in text
     assert "refused          train.num_workers=2 x train.cpus_per_worker=0.5, clip.num_encoders=1" in text
     assert "refused" not in describe(config("cluster.num_cpus=2"))
+
+
+@pytest.mark.parametrize(
+    ("workers", "cpus", "advice"),
+    [(4, 3.0, "train.cpus_per_worker=0.5"), (40, 2.0, "train.num_workers=10 train.cpus_per_worker=0.1"), (2, 1.0, "")],
+)
+def test_what_to_type_against_too_few_cpus_fits(workers, cpus, advice):
+    with pytest.raises(ConfigError) as caught:
+        check_placement(config(f"train.num_workers={workers}", "train.cpus_per_worker=9"), cpus=cpus, gpus=0,
+                        encoders_beside=False)  # fmt: skip
+    if advice:
+        assert f"Type {advice}" in str(caught.value)
+        fitting = config(f"train.num_workers={workers}", *advice.split())
+        check_placement(fitting, cpus=cpus, gpus=0, encoders_beside=False)
+    else:
+        assert "Give the cluster more CPUs" in str(caught.value)
+
+
+@pytest.mark.parametrize(("gpus", "advice"), [(3, "Type train.num_workers=3"), (0, "Type train.use_gpu=false")])
+def test_what_to_type_against_too_few_gpus(gpus, advice):
+    wide = config("train.num_workers=4", "train.use_gpu=true")
+    with pytest.raises(ConfigError) as caught:
+        check_placement(wide, cpus=64.0, gpus=gpus, encoders_beside=False)
+    assert str(caught.value).endswith(advice)

@@ -1,10 +1,12 @@
 """What learns, what is frozen, adapters and their merge: one stage's loop on one rank, without a cluster."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -12,6 +14,7 @@ from minivlm.config.train import LoraConfig
 from minivlm.data.collate import collate
 from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import TokenTable
+from minivlm.model.checkpoint import checkpoint_dir, verify_manifest, write_manifest
 from minivlm.model.export import load_export
 from minivlm.model.lora import adapted_layers, count_adapters
 from minivlm.model.vlm import MiniVLM, sequence_logps
@@ -130,6 +133,13 @@ def test_four_bit_weights_on_a_cpu_are_one_clear_error(tiny_parts: Path, tmp_pat
         prepare_model(initial_model(job), job, CPU)
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
+def test_four_bit_weights_without_bitsandbytes_say_what_to_install(tiny_parts: Path, tmp_path: Path):
+    job = stage_job(tiny_parts, tmp_path, {"lora": {"quantization": "nf4"}}, use_gpu=True)
+    with pytest.raises(TrainingError, match=r"lora\.quantization: .*pip install bitsandbytes, or type none"):
+        prepare_model(initial_model(job), job, torch.device("cuda"))
+
+
 DROPOUT = {"attention_dropout": 0.1, "label_smoothing": 0.1}
 
 
@@ -148,6 +158,41 @@ def test_resume_equals_uninterrupted(tiny_parts: Path, tmp_path: Path, stage: di
     whole = run(stage_job(tiny_parts, tmp_path / "whole", stage, **train))[1]
     halves = run(interrupted(stage_job(tiny_parts, tmp_path / "halves", stage, **train), after=2))[1]
     assert_close(exported(halves), exported(whole), atol=0, rtol=0)
+
+
+def keep_old_format(folder: Path) -> None:
+    for path in (folder / "engine").iterdir():
+        path.rename(path.with_name("zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+
+
+def drop_first_element(folder: Path) -> None:
+    path = folder / "engine" / "rank=00000.safetensors"
+    states = load_file(path)
+    label = next(label for label in states if "/exp_avg/" in label)
+    values = states.pop(label)
+    save_file({**states, f"{label.rpartition('/')[0]}/1": values[1:]}, path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kept", "message"),
+    [
+        (keep_old_format, ("step", "client_state"), "No training state of this version"),
+        (drop_first_element, ("step", "client_state"), "holds elements 0 to 0 of"),
+        (lambda folder: None, ("step",), "has no reward shift"),
+    ],
+    ids=["older format", "gap", "manifest"],
+)
+def test_state_that_cannot_be_resumed_ends_the_run_with_what_to_delete(
+    tiny_parts: Path, tmp_path: Path, spoil: Any, kept: tuple[str, ...], message: str
+):
+    job = interrupted(stage_job(tiny_parts, tmp_path / "run", checkpoint_every_steps=1), after=1)
+    folder = checkpoint_dir(job.run_dir, 1)
+    manifest = verify_manifest(folder)
+    spoil(folder)
+    write_manifest(folder, {key: manifest[key] for key in kept})
+    outcome, _ = run(job)
+    assert message in outcome["error"]
+    assert "elete " in outcome["error"]
 
 
 def test_dropout_is_of_training_only(tiny_parts: Path, tmp_path: Path):

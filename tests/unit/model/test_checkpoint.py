@@ -1,6 +1,7 @@
 """The commit protocol: what is not complete does not exist."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -87,6 +88,11 @@ def test_interrupted_save_leaves_the_older_checkpoint(tmp_path):
     assert newest_complete(tmp_path) == good
 
 
+def test_a_new_save_first_frees_what_an_interrupted_one_left(tmp_path):
+    begin(tmp_path, 8)
+    assert [path.name for path in begin(tmp_path, 5).parent.iterdir()] == [".step=00000005.tmp"]
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 1, "old")
     os.truncate(checkpoint_dir(tmp_path, 1) / "config.json", 1)
@@ -99,8 +105,26 @@ def test_prune_keeps_the_newest(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
     begin(tmp_path, 4)
-    prune(tmp_path, 2)
+    prune(tmp_path, 2, newest=3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step=00000002", "step=00000003"]
+
+
+def test_prune_never_keeps_a_spoilt_checkpoint_instead_of_a_good_one(tmp_path):
+    """Step 8 was spoilt, so the run went on from the start and has just saved step 4."""
+    spoilt, good = save(tmp_path, 8), save(tmp_path, 4)
+    os.truncate(spoilt / "config.json", 1)
+    prune(tmp_path, 1, newest=4)
+    assert newest_complete(tmp_path) == good
+    assert not spoilt.exists()
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(tmp_path):
+    good = save(tmp_path, 2)
+    copy = shutil.copytree(good, good.with_name("step=00000002.bak"))
+    misnamed = shutil.copytree(good, checkpoint_dir(tmp_path, 3))
+    assert newest_complete(tmp_path) == good
+    prune(tmp_path, 1, newest=2)
+    assert (good.exists(), copy.exists(), misnamed.exists()) == (True, True, False)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.011, 0.023])
