@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from minivlm.config.base import Frozen
 
@@ -73,6 +73,14 @@ class StageMixture(Frozen):
 
     task_exponent: float = Field(0.0, ge=0, lt=1)
     """How a task grows above max_draws_per_task=K: n draws become K (n/K)^task_exponent. 0: a hard limit."""
+
+    @model_validator(mode="after")
+    def _take_effect(self) -> "StageMixture":
+        if self.task_exponent and self.max_draws_per_task is None:
+            raise ValueError("task_exponent says how tasks grow above max_draws_per_task: set that, too, to a number")
+        if self.across_pictures and self.duplicates != "drop_near":
+            raise ValueError("across_pictures is about near duplicates: set duplicates, too, to drop_near")
+        return self
 
 
 class MixtureConfig(Frozen):

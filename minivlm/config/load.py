@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from minivlm.config.base import STAGE_NAMES, ConfigError, Frozen
-from minivlm.config.data import DataConfig, MiniworldConfig, TokenizerConfig
+from minivlm.config.data import DataConfig, MiniworldConfig, StageMixture, TokenizerConfig
 from minivlm.config.model import ClipConfig, ModelConfig
 from minivlm.config.run import ClusterConfig, EvaluationConfig, ServeConfig, TrackingConfig, TuneConfig
 from minivlm.config.train import PreferencesConfig, StageConfig, TrainConfig
@@ -60,6 +60,13 @@ class Config(Frozen):
         if not self.uses_miniworld and not (self.data.pretrain and self.data.sft):
             raise ValueError(
                 "data.pretrain and data.sft are needed together: add the missing one, or remove all sources"
+            )
+        if self.data.mixture.mpo != StageMixture() and not self.data.mpo:
+            raise ValueError("data.mixture.mpo draws from data.mpo, which lists no source: remove it, or add a source")
+        if self.data.mixture.prompts != StageMixture() and not (self.data.prompts or self.uses_miniworld):
+            raise ValueError(
+                "data.mixture.prompts draws from data.prompts, which lists no source: questions come from what "
+                "data.mixture.sft draws, so set that instead"
             )
         if self.train.mpo.dpo_weight + self.train.mpo.bco_weight + self.train.mpo.sft_weight == 0:
             raise ValueError("all weights of train.mpo are 0, nothing would be learned: add train.mpo.dpo_weight=0.8")
@@ -125,15 +132,25 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"`{override}` is no override: type key.path=value, for example train.sft.epochs=2")
     *parents, leaf = key.split(".")
     node: Any = tree
-    for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
+    for depth, parent in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_item(override, parents[:depth], parent, len(node))]
+        else:
+            node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict | list):
         raise ConfigError(f"`{override}`: a part of `{key}` is a value, not a group of settings")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"`{override}`: the value is not YAML ({error.__class__.__name__})") from None
-    node[leaf] = _number(value)
+    node[_item(override, parents, leaf, len(node)) if isinstance(node, list) else leaf] = _number(value)
+
+
+def _item(override: str, parents: list[str], part: str, count: int) -> int:
+    """Place in a list of the file; messages name its items so, as in data.sft.0.weight."""
+    if part.isdecimal() and int(part) < count:
+        return int(part)
+    raise ConfigError(f"`{override}`: `{'.'.join(parents)}` is a list of {count} item(s), counted from 0")
 
 
 def _number(value: Any) -> Any:

@@ -140,7 +140,12 @@ def verify(directory: Path) -> Verified:
     Raises:
         DataError: meta.json is damaged.
     """
-    sound = [(shard, shard.is_sound()) for shard in _shards(directory)]
+    sound = []
+    for shard in _shards(directory):
+        try:
+            sound.append((shard, shard.is_sound()))
+        except FileNotFoundError:
+            continue  # pruned since it was listed
     return Verified(
         checked=sum(found is not None for _, found in sound),
         unverifiable=sum(found is None for _, found in sound),
@@ -162,7 +167,7 @@ def plan_prune(directory: Path, *, used: Collection[str] | None = None, min_age_
         min_age_s: leftovers younger than this may belong to a living writer and stay.
     """
     newest = time.time() - min_age_s
-    leftovers = [path for path in find_torn(directory) if path.exists() and path.stat().st_mtime < newest]
+    leftovers = [path for path in find_torn(directory) if _written(path) < newest]
     rewrites, kept = [], set()
     for shard in _shards(directory):
         rows = []
@@ -182,17 +187,22 @@ def prune(plan: PrunePlan) -> list[Rewrite]:
         What was not done, because the shard is damaged: its rows would get a checksum that calls them sound.
     """
     damaged = []
+    written: set[Path] = set()
     for path in plan.leftovers:
         path.unlink(missing_ok=True)
     for rewrite in plan.rewrites:
         shard = rewrite.shard
         if rewrite.rows:
-            if shard.is_sound() is False:
-                damaged.append(rewrite)
-                continue
-            kept = list(rewrite.rows)
-            write_shard(plan.directory, [shard.digests[row] for row in kept], shard.rows()[kept])
-        drop(shard)
+            try:
+                if shard.is_sound() is False:
+                    damaged.append(rewrite)
+                    continue
+                kept = list(rewrite.rows)
+                written.add(write_shard(plan.directory, [shard.digests[row] for row in kept], shard.rows()[kept]))
+            except FileNotFoundError:
+                continue  # another prune did it
+        if shard.index not in written:  # names are contents: the rows kept of one shard may be all of another
+            drop(shard)
     return damaged
 
 
@@ -210,6 +220,14 @@ def folder_bytes(directory: Path) -> int:
 def _shards(directory: Path) -> list[Shard]:
     _, shape = read_meta(directory)
     return list(list_shards(directory, shape))
+
+
+def _written(path: Path) -> float:
+    """When it was last written to; never, where a writer removed or renamed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return float("inf")
 
 
 def _size(path: Path) -> int:

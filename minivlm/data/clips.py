@@ -63,7 +63,7 @@ def keep_picture(data: bytes, limits: ImageLimits, folder: str) -> Kept:
     open_image(data, limits)
     digest = sha256(data).hexdigest()
     path = _path(folder, digest)
-    if not path.exists():
+    if _size(path) != len(data):  # a power cut may have emptied it: it was written without fsync
         write_bytes(path, data, sync=False)
     return Kept(str(path), digest)
 
@@ -113,7 +113,7 @@ def _keep_frames(file: VideoFile, rules: ClipRules) -> Clip:
     if record.exists():
         found = json.loads(record.read_bytes())
         frames = tuple(Kept(str(_path(rules.folder, frame)), frame) for frame in found["frames"])
-        if all(Path(frame.path).exists() for frame in frames):
+        if all(_size(Path(frame.path)) > 0 for frame in frames):
             return Clip(digest, frames, tuple(found["seconds"]))
     chosen = read_video(file, rules.video, rules.limits)
     frames = tuple(keep_picture(_jpeg(picture), rules.limits, rules.folder) for _, picture in chosen)
@@ -130,6 +130,14 @@ def _jpeg(picture: Any) -> bytes:
 
 def _path(folder: str, digest: str) -> Path:
     return Path(folder) / digest[:2] / digest
+
+
+def _size(path: Path) -> int:
+    """In bytes; -1 where there is no file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
 
 
 def place_frames(row: dict[str, Any], clips: Sequence[Clip]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ looked for.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,31 @@ def drawn_samples(
 def drawn_pairs(folder: Path, target: Path) -> list[PreferencePair]:
     """The drawn pairs of data.mpo in file order."""
     return load_pairs(folder, np.load(target / "copies.npy"))
+
+
+def pictures_in_use(folder: Path, targets: Mapping[str, Path]) -> set[str]:
+    """Digests of the pictures of rows that stages drew, and of all val and test rows.
+
+    Args:
+        folder: validated rows.
+        targets: what `draw_stage` wrote for each stage that has rows.
+    """
+    digests: set[str] = set()
+    copies = {stage: np.load(target / "copies.npy") for stage, target in targets.items()}
+    drawn = [counts for stage, counts in copies.items() if stage != "mpo"]
+    first = 0
+    for batch in read_batches(folder / "samples.parquet", ["image_sha256", "split"]):
+        mask = ~_equal(batch, "split", "train")
+        for counts in drawn:
+            mask |= counts[first : first + len(batch)] > 0
+        digests.update(batch.filter(pa.array(mask))["image_sha256"].flatten().to_pylist())
+        first += len(batch)
+    first = 0
+    for batch in read_batches(folder / "pairs.parquet", ["image_sha256"]) if "mpo" in copies else ():
+        mask = copies["mpo"][first : first + len(batch)] > 0
+        digests.update(batch.filter(pa.array(mask))["image_sha256"].flatten().to_pylist())
+        first += len(batch)
+    return digests
 
 
 class _Gathered:

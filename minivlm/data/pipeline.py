@@ -18,7 +18,7 @@ from minivlm import layout
 from minivlm.config import Config
 from minivlm.data.batches import open_table
 from minivlm.data.chat import encode_chat
-from minivlm.data.draw import REPORT_FILE, draw_stage, drawn_samples
+from minivlm.data.draw import REPORT_FILE, draw_stage, drawn_samples, pictures_in_use
 from minivlm.data.encode import encode_images
 from minivlm.data.encoder import Encoders, Encoding, Tower
 from minivlm.data.errors import DataError
@@ -92,12 +92,12 @@ def prepare_tokenizer(config: Config) -> str:
 
 
 def prepare_features(config: Config, tower_path: str, needed: Iterable[str] = ()) -> FeatureCache:
-    """Encode the pictures that the tower has not seen yet and print the count: with data.features=cached those of all
-    prepared rows; with `stream` only those `needed` (digests about to be read), as training encodes its own on the way.
+    """Encode the pictures that the tower has not seen yet and print the count: with data.features=cached those of rows
+    that stages draw or that are held out; with `stream` only those `needed` (digests about to be read), as training
+    encodes its own on the way.
     """
     cache = open_features(config, tower_path)
-    paths = picture_paths(config)
-    asked = list(needed) if config.data.features == "stream" else paths.digests()
+    asked = list(needed) if config.data.features == "stream" else used_pictures(config)
     encoded = encode_images(asked, cache, encoding(config, tower_path, cache))
     stat = cache.stat()
     _log.log(
@@ -110,6 +110,13 @@ def prepare_features(config: Config, tower_path: str, needed: Iterable[str] = ()
         stat.distinct / max(stat.encoded, 1),
     )
     return cache
+
+
+def used_pictures(config: Config) -> list[str]:
+    """Pictures of drawn, val and test rows, in the order of the rows."""
+    draws = {stage: draw_rows(config, stage) for stage in drawn_stages(config)}
+    in_use = pictures_in_use(prepare_samples(config), draws)
+    return [digest for digest in picture_paths(config).digests() if digest in in_use]
 
 
 def open_features(config: Config, tower_path: str) -> FeatureCache:

@@ -5,12 +5,13 @@ Called in Ray Data tasks by `minivlm.data.validate`; `minivlm.data.formats` know
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from minivlm.data.errors import RowError
 from minivlm.data.formats import Row, normalize
-from minivlm.schema import IMAGE_PLACEHOLDER, Message, PreferencePair, Sample
+from minivlm.schema import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Message, PreferencePair, Sample
 
 SPLITS = ("train", "val", "test")
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -81,7 +82,7 @@ def to_sample(row: Row, *, stage: str, split: str, task: str, default_id: str) -
     for message in messages:
         if message.role == "assistant" and not message.content.strip():
             raise RowError("an empty answer")
-    _check_placeholders("".join(m.content for m in messages if m.role != "assistant"), len(row["images"]))
+    _check_placeholders([m.content for m in messages if m.role != "assistant"], len(row["images"]))
     chosen_split = row.get("split", split)
     if chosen_split not in (*SPLITS, "auto"):
         raise RowError(f"`split` is {str(chosen_split)[:40]!r}, not one of {', '.join(SPLITS)}")
@@ -119,7 +120,7 @@ def to_pair(row: Row, *, default_id: str) -> PreferencePair:
     if IMAGE_PLACEHOLDER not in question:
         question = f"{IMAGE_PLACEHOLDER}\n" * len(row["images"]) + question
     question = pictures_first(question)
-    _check_placeholders(question, len(row["images"]))
+    _check_placeholders([question], len(row["images"]))
     return PreferencePair(
         pair_id=text_field(row, "id") or default_id,
         images=(),
@@ -139,6 +140,16 @@ def _messages(turns: list[dict[str, str]]) -> tuple[Message, ...]:
     if all(message.role != "user" for message in messages):
         raise RowError("the conversation has no question (`from`: `human`)")
     return tuple(messages)
+
+
+def first_exchange(sample: Sample) -> Sample:
+    """The conversation up to the end of the first answer to a question; what comes later is left out, with its
+    pictures."""
+    roles = [message.role for message in sample.messages]
+    asked = roles.index("user")  # ShareGPT's conversations may open with the assistant
+    if "assistant" not in roles[asked:]:
+        return sample
+    return replace(sample, messages=sample.messages[: roles.index("assistant", asked) + 1])
 
 
 def pictures_first(text: str) -> str:
@@ -182,7 +193,11 @@ def text_field(row: Mapping[str, Any], key: str) -> str | None:
     return str(value)
 
 
-def _check_placeholders(text: str, num_images: int) -> None:
-    found = text.count(IMAGE_PLACEHOLDER)
+def _check_placeholders(texts: Sequence[str], num_images: int) -> None:
+    """Those of videos became `<image>` before; within a text `<video>` is HTML."""
+    found = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
     if found != num_images:
         raise RowError(f"{found} {IMAGE_PLACEHOLDER} placeholder(s) for {num_images} image(s)")
+    if any(VIDEO_PLACEHOLDER in (text.strip()[: len(VIDEO_PLACEHOLDER)], text.strip()[-len(VIDEO_PLACEHOLDER) :])
+           for text in texts):  # fmt: skip
+        raise RowError(f"a question about a {VIDEO_PLACEHOLDER}, but no `video` or `videos` in the row")

@@ -24,7 +24,7 @@ from minivlm.data.images import BadImage, ImageLimits, read_image, resolve_image
 from minivlm.data.ratings import Ratings, read_ratings
 from minivlm.data.readers import read_part
 from minivlm.data.samples import DrawColumns, pair_columns, sample_columns
-from minivlm.data.sources import decode_row, parse_row, text_field, to_pair, to_sample
+from minivlm.data.sources import decode_row, first_exchange, parse_row, text_field, to_pair, to_sample
 from minivlm.data.video import VideoRules
 from minivlm.schema import BadRow, PreferencePair, Sample
 
@@ -108,21 +108,16 @@ def check_rows(rows: list[tuple[int, Any]], source: Source, rules: Rules) -> Che
     return checked
 
 
-def first_exchange(sample: Sample) -> Sample:
-    """The conversation up to the end of its first answer; what comes later is left out, with its pictures."""
-    answers = [place for place, message in enumerate(sample.messages) if message.role == "assistant"]
-    return replace(sample, messages=sample.messages[: answers[0] + 1]) if answers else sample
-
-
 def _num_answers(sample: Sample) -> int:
-    return sum(message.role == "assistant" for message in sample.messages)
+    """A prompt has one, its `answer`."""
+    return max(1, sum(message.role == "assistant" for message in sample.messages))
 
 
 def _sample_drawing(sample: Sample, ratings: Ratings | None, source: Source, rules: Rules) -> DrawColumns:
     """Ratings of answers that were left out are left out too."""
     questions = [message.content for message in sample.messages if message.role == "user"]
     answers = [message.content for message in sample.messages if message.role == "assistant"]
-    kept = ratings and [values and values[: len(answers)] for values in ratings]
+    kept = ratings and [values and values[: _num_answers(sample)] for values in ratings]
     return _drawing(sample.image_sha256, questions, answers, kept, source, rules)
 
 

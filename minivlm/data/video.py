@@ -80,9 +80,10 @@ def read_video(file: VideoFile, rules: VideoRules, limits: ImageLimits) -> list[
             chosen = _shown_at(moments, reader.frames(moments))
         else:
             chosen = _scenes(count, reader.frames(()))
-        if not chosen:
+        pictures = [(float(when - start), _picture(frame, rules.side_px)) for when, frame in chosen]
+        if not pictures:
             raise BadImage("no frame in the video")
-        return [(float(when - start), _picture(frame, rules.side_px)) for when, frame in chosen]
+        return sorted(pictures, key=itemgetter(0))
     except BadImage:
         raise
     except av.error.FFmpegError as error:
@@ -103,25 +104,27 @@ def check_bytes(file: VideoFile, rules: VideoRules) -> None:
     file.seek(0)
 
 
-def _shown_at(moments: Sequence[Fraction], frames: Frames) -> list[tuple[Fraction, Frame]]:
-    """Of each moment the last frame that began no later, or the first of all; a frame once."""
-    chosen: dict[Fraction, Frame] = {}
+def _shown_at(moments: Sequence[Fraction], frames: Frames) -> Frames:
+    """Of each moment the last frame that began no later, or the first of all; a frame once, and none kept here."""
+    taken: set[Fraction] = set()
     shown: tuple[Fraction, Frame] | None = None
     passed = 0
     for when, frame in frames:
         shown = shown or (when, frame)
+        is_due = when > moments[passed]
         while passed < len(moments) and when > moments[passed]:
-            chosen.setdefault(*shown)
             passed += 1
+        if is_due and shown[0] not in taken:
+            taken.add(shown[0])
+            yield shown
         if passed == len(moments):
-            break
+            return
         shown = when, frame
-    if shown and passed < len(moments):
-        chosen.setdefault(*shown)
-    return sorted(chosen.items(), key=itemgetter(0))
+    if shown and shown[0] not in taken:
+        yield shown
 
 
-def _scenes(count: int, frames: Frames) -> list[tuple[Fraction, Frame]]:
+def _scenes(count: int, frames: Frames) -> Frames:
     """The first frame, and those `count` - 1 that differ most from the one before them."""
     best: list[tuple[float, int, Fraction, Frame]] = []
     before: np.ndarray | None = None
@@ -132,7 +135,7 @@ def _scenes(count: int, frames: Frames) -> list[tuple[Fraction, Frame]]:
         if change:
             push = heapq.heappush if len(best) < count else heapq.heappushpop
             push(best, (change, -place, when, frame))
-    return sorted(((when, frame) for _, _, when, frame in best), key=itemgetter(0))
+    yield from ((when, frame) for _, _, when, frame in best)
 
 
 def _thumbnail(frame: Frame) -> np.ndarray:

@@ -62,7 +62,7 @@ def toy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     samples_dir(config).mkdir(parents=True)
     with SampleWriter(samples_dir(config)) as writer:
         writer.add(samples=[sample_columns(sample, "toy.json", i) for i, sample in enumerate(samples)])
-    write_json(samples_dir(config) / "summary.json", {"rows": len(samples)})
+    write_json(samples_dir(config) / "summary.json", {"rows": len(samples), "sources": {}})
     tokenizer = train_tokenizer((m.content for s in samples for m in s.messages), 300, root / "tokenizer")
     size = {"image_size": 16, "patch_size": 8, "vision_hidden_size": 32, "vision_layers": 1, "vision_heads": 1}
     text = {"text_hidden_size": 32, "text_layers": 1, "text_heads": 1, "max_text_tokens": 16, "projection_dim": 16}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minivlm.data.cache_tools import drop, plan_prune, prune, report, verify
 from minivlm.data.features import FeatureCache
-from minivlm.data.shards import committed_digests, list_shards
+from minivlm.data.shards import checksum, committed_digests, list_shards
 
 SHAPE = (64, 512)
 ROW_BYTES = 2 * 64 * 512
@@ -176,3 +176,45 @@ def test_prune_does_not_rewrite_damage_under_a_new_checksum(tmp_path):
     left = prune(plan_prune(directory, used={NAMES[0]}))
     assert [rewrite.shard for rewrite in left] == [shard]
     assert [item.index for item in verify(directory).damaged] == [shard.index]
+
+
+def test_rows_that_a_prune_keeps_stay_where_their_new_shard_has_the_name_of_one_that_goes(tmp_path):
+    directory = tmp_path / "f"
+    pairs = ((first, second) for first in NAMES for second in NAMES if first != second)
+    both = next(
+        [first, second]
+        for first, second in pairs
+        if checksum([first, second], np.stack([RIGHT[first], RIGHT[second]])) < checksum([first], RIGHT[first][None])
+    )
+    cache = FeatureCache(tmp_path, "f", SHAPE)
+    cache.append(both, bits(both))
+    cache.append(both[:1], bits(both[:1]))
+    prune(plan_prune(directory, used=set(both[:1])))
+    assert committed_digests(directory) == set(both[:1])
+    assert report(directory).rows == 1
+
+
+def test_a_second_prune_of_the_same_plan_finds_its_work_done(tmp_path):
+    directory = tmp_path / "f"
+    encode_missing(tmp_path, NAMES[:6], per_shard=3)
+    plans = [plan_prune(directory, used=set(NAMES[:4])) for _ in range(2)]
+    assert [prune(plan) for plan in plans] == [[], []]
+    assert committed_digests(directory) == set(NAMES[:4])
+
+
+def append_and_drop(root: Path) -> None:
+    cache = FeatureCache(root, "f", SHAPE)
+    for number in range(40):
+        names = [NAMES[number % 90], NAMES[number % 90 + 1]]
+        cache.append(names, bits(names))
+        for shard in list_shards(root / "f", SHAPE):
+            drop(shard)
+
+
+def test_verify_passes_over_shards_that_vanish_meanwhile(tmp_path):
+    FeatureCache(tmp_path, "f", SHAPE)
+    writer = FORK.Process(target=append_and_drop, args=(tmp_path,))
+    writer.start()
+    while writer.is_alive():
+        assert verify(tmp_path / "f").damaged == ()
+    assert writer.exitcode == 0

@@ -50,6 +50,39 @@ def test_wrong_override_says_what_to_type(empty, override, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sft.0.wieght=2", "Unknown setting `data.sft.0.wieght`. Did you mean `weight`"),
+        ("data.mixture.sft.duplicate=drop_near", "Did you mean `duplicates`"),
+        ("data.mixture.stf.seed=1", "Did you mean `sft`"),
+        ("data.video_rules=scene", "Did you mean `video_rule`"),
+        ("data.sft.1.weight=2", "`data.sft` is a list of 1 item(s), counted from 0"),
+        ("data.sft.last.weight=2", "`data.sft` is a list of 1 item(s), counted from 0"),
+        ("data.sft.0.min_rating.quality=high", "data.sft.0.min_rating.quality: Input should be a valid number"),
+        ("data.mixture.sft.task_exponent=0.5", "data.mixture.sft: task_exponent says how tasks grow above"),
+        ("data.mixture.sft.across_pictures=true", "set duplicates, too, to drop_near"),
+        ("data.mixture.mpo.seed=3", "data.mpo, which lists no source"),
+        ("data.mixture.prompts.seed=3", "set that instead"),
+    ],
+)
+def test_wrong_settings_of_sources_and_mixtures_say_what_to_type(empty, override, message):
+    empty.write_text("data: {pretrain: [{path: a.json}], sft: [{path: b.json}]}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(empty, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_reaches_an_item_of_a_list_by_its_number(empty):
+    empty.write_text("data: {pretrain: [{path: a.json}], sft: [{path: b.json}, {path: c.json}]}")
+    data = load_config(
+        empty, ["data.sft.1.weight=2", "data.sft.0.min_rating.quality=3", "data.pretrain.0={path: d}"]
+    ).data
+    assert ([source.weight for source in data.sft], data.sft[0].min_rating) == ([None, 2.0], {"quality": 3.0})
+    assert data.pretrain[0].path == "d"
+
+
 def test_missing_file_names_a_file_that_exists(tmp_path):
     with pytest.raises(ConfigError, match=r"configs/tiny\.yaml"):
         load_config(tmp_path / "none.yaml")

@@ -15,7 +15,7 @@ from PIL import Image
 from minivlm.data import clips as clips_module
 from minivlm.data.batches import payload_block
 from minivlm.data.catalog import find_files
-from minivlm.data.clips import Clip, Kept, place_frames
+from minivlm.data.clips import Clip, Kept, keep_picture, place_frames
 from minivlm.data.errors import RowError
 from minivlm.data.images import ImageLimits
 from minivlm.data.readers import list_parts, read_rows
@@ -228,3 +228,28 @@ def test_ratings_of_answers_that_were_left_out_go_too(folder, rules):
     for kept, expected in (("all", [[5.0, 1.0]]), ("first", [[5.0]])):
         (sample,) = check_rows([(1, row)], source, replace(rules, turns=kept)).samples
         assert sample["ratings"] == expected
+
+
+def test_first_keeps_a_greeting_and_the_first_answer_to_a_question(folder, rules):
+    talk = [{"from": "gpt", "value": "Hello!"}, *turns("<image>\nWhat?", "White.", "And?", "Red.")]
+    (cut,) = check([{"image": "still.png", "conversations": talk}], folder, replace(rules, turns="first")).samples
+    assert [turn["content"] for turn in cut["messages"]] == ["Hello!", "<image>\nWhat?", "White."]
+    assert len(cut["images"]) == 1
+
+
+def test_a_question_about_a_video_that_the_row_does_not_name_is_bad(folder, rules):
+    rows = [{"clip": "film.mp4", "conversations": turns(text, "x")} for text in ("<video>\nWhat?", "What?\n<video>\n")]
+    found = check(rows, folder, rules)
+    assert [bad.reason for bad in found.bad] == [
+        "a question about a <video>, but no `video` or `videos` in the row"
+    ] * 2
+    pair = {"question": "<video>\nWhat?", "chosen": "a", "rejected": "b"}
+    assert len(check([pair], folder, rules, stage="mpo").bad) == 1
+
+
+def test_a_kept_picture_that_a_power_cut_emptied_is_written_again(folder, rules):
+    data = (folder / "still.png").read_bytes()
+    kept = keep_picture(data, rules.limits, rules.pictures_dir)
+    Path(kept.path).write_bytes(b"")
+    assert keep_picture(data, rules.limits, rules.pictures_dir) == kept
+    assert Path(kept.path).read_bytes() == data

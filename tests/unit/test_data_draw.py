@@ -11,14 +11,14 @@ from PIL import Image
 from minivlm.config import Config, load_config
 from minivlm.data.draw import drawn_pairs
 from minivlm.data.errors import DataError
-from minivlm.data.pipeline import count_rows, draw_rows, iter_training_rows, mixture_tables
+from minivlm.data.pipeline import count_rows, draw_rows, iter_training_rows, mixture_tables, used_pictures
 from minivlm.data.readers import read_rows
 from minivlm.data.samples import SampleWriter, iter_rows
 from minivlm.data.settings import rules, sources
 from minivlm.data.validate import check_rows
 from minivlm.layout import draw_dir, run_dir, samples_dir
 from minivlm.schema import IMAGE_PLACEHOLDER
-from minivlm.storage import write_json
+from minivlm.storage import file_sha256, write_json
 
 Row = dict[str, Any]
 
@@ -189,3 +189,34 @@ def test_copies_are_stored_by_row_of_the_file(folder):
     validate(config)
     stored = np.load(draw_rows(config, "sft") / "copies.npy")
     assert stored.tolist() == [0, 2, 2, 2]  # the first row is the caption
+
+
+def test_features_are_wanted_of_drawn_and_held_out_rows_alone(folder):
+    digests = {}
+    for number, name in enumerate(("drawn", "low", "held", "chosen", "unpaired")):
+        Image.new("RGB", (8, 8), (number, 99, 0)).save(folder / f"{name}.png")
+        digests[name] = file_sha256(folder / f"{name}.png")
+    rated = [
+        asked(f"q{quality}", "x", image=f"{name}.png", quality=quality) for name, quality in (("low", 1), ("drawn", 5))
+    ]
+    write(folder, "a", rated)
+    write(folder, "val", [asked("q", "x", image="held.png", split="val")])
+    pairs = [{"image": f"{name}.png", "question": "q?", "chosen": "a", "rejected": "b", "quality": quality}
+             for name, quality in (("chosen", 5), ("unpaired", 1))]  # fmt: skip
+    write(folder, "pairs", pairs)
+    mpo = f"data.mpo=[{{path: {folder}/pairs.jsonl, min_rating: {{quality: 2}}}}]"
+    config = settings(folder, "a.jsonl, min_rating: {quality: 2}; val.jsonl", mpo)
+    validate(config)
+    red = file_sha256(folder / "red.png")
+    assert used_pictures(config) == [red, digests["drawn"], digests["held"], digests["chosen"]]
+
+
+def test_a_rating_of_a_prompt_decides_though_it_has_no_answer_turn(folder):
+    write(folder, "a", [asked("q", "x")])
+    prompts = [{"question": f"{quality}?", "answer": "7", "quality": quality} for quality in (1, 5)]
+    write(folder, "prompts", [*prompts, {"question": "many?", "answer": "7", "quality": [5]}])
+    given = f"data.prompts=[{{split: train, path: {folder}/prompts.jsonl, min_rating: {{quality: 3}}}}]"
+    config = settings(folder, "a.jsonl", given)
+    validate(config)
+    kept = [sample.messages[0].content for sample, _, _ in iter_training_rows(config, "prompts")]
+    assert kept == ["5?", "many?"]

@@ -3,6 +3,7 @@
 import io
 import resource
 import struct
+import weakref
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -92,6 +93,21 @@ def test_leaving_out_frames_between_moments_changes_nothing(tmp_path, key_every,
     assert [when for when, _ in _shown_at(moments, iter(some))] == [when for when, _ in _shown_at(moments, iter(every))]
     values = {when: frame.to_ndarray().tobytes() for when, frame in every}
     assert all(values[when] == frame.to_ndarray().tobytes() for when, frame in _shown_at(moments, iter(some)))
+
+
+def test_uniform_holds_no_more_than_two_whole_frames():
+    alive: weakref.WeakSet[Image.Image] = weakref.WeakSet()
+
+    def frames():
+        for number in range(20):
+            frame = Image.new("L", (4, 4), number)
+            alive.add(frame)
+            yield Fraction(number), frame
+
+    most = 0
+    for _ in _shown_at([Fraction(2 * number + 1, 2) for number in range(20)], frames()):
+        most = max(most, len(alive))
+    assert most <= 3  # the one shown, the next, and the one that frames() still names
 
 
 def test_parts_without_a_moment_are_not_decoded(tmp_path):
