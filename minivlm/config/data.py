@@ -116,8 +116,8 @@ class DataConfig(Frozen):
     """Ready MMPR pairs. Default: the cluster builds pairs from the SFT model's own answers."""
 
     features: Literal["cached", "stream"] = "cached"
-    """When pictures are encoded: all of them before training, or by encoder actors beside the trainer, on the way of
-    each batch. Batches are the same to the bit, and what was encoded stays in the cache either way."""
+    """When pictures are encoded: those of drawn, val and test rows before training, or by encoder actors beside the
+    trainer, on the way of each batch. Batches are the same to the bit, and what was encoded stays in the cache."""
 
     mixture: MixtureConfig = MixtureConfig()
     """Duplicates and balance of each stage; weights, caps and thresholds of one source stand with the source."""
