@@ -140,10 +140,13 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not isinstance(node, dict | list):
         raise ConfigError(f"`{override}`: a part of `{key}` is a value, not a group of settings")
     try:
-        value = yaml.safe_load(text)
+        value = _number(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ConfigError(f"`{override}`: the value is not YAML ({error.__class__.__name__})") from None
-    node[_item(override, parents, leaf, len(node)) if isinstance(node, list) else leaf] = _number(value)
+    if isinstance(node, list):
+        node[_item(override, parents, leaf, len(node))] = value
+    else:
+        node[leaf] = value
 
 
 def _item(override: str, parents: list[str], part: str, count: int) -> int:
