@@ -4,8 +4,8 @@
 
 Both runs are the real path on one local Ray cluster: Ray Data, Ray Train and DeepSpeed, from the same rows and the same
 start (a one-step pretrain on pictures of their own, not timed). Timed is all that the user waits for: starts of actors
-and workers, encoding, training, checkpoint. The tower is a CLIP ViT-B/32 at 224 px with random weights, the pictures
-are noisy JPEGs, the captions 11 to 34 words. Weights and features of both runs are compared to the bit.
+and workers, encoding, training, checkpoint. The tower is a CLIP ViT-B/32 at 224 px with random weights, the captions
+have 11 to 34 words. Weights and features of both runs are compared to the bit.
 """
 
 import argparse
@@ -14,92 +14,85 @@ import random
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
+from benchmarks.clip_actors import write_pictures, write_tower
+from benchmarks.machine import describe, measure_limits
+from benchmarks.prepare_rows import WORDS
 from minivlm import layout
 from minivlm.config import Config, load_config
 from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import prepare_samples, prepare_tokenizer
 from minivlm.data.shards import committed_digests
-from minivlm.model.clip import build_clip, save_clip
 from minivlm.train.launch import StageResult, run_stage
 from minivlm.workflow.cluster import connect, disconnect
 from minivlm.workflow.steps import prepare
 
-WORDS = [
-    "a",
-    "red",
-    "green",
-    "blue",
-    "small",
-    "large",
-    "old",
-    "new",
-    "dog",
-    "cat",
-    "car",
-    "tree",
-    "house",
-    "street",
-    "near",
-    "under",
-    "over",
-    "with",
-    "and",
-    "of",
-    "the",
-]
-MATMUL_SIZE = 1024
+PRETRAIN_PICTURES = 8
+MODES = ("cached", "stream")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Both runs."""
+
+    seconds: dict[str, float]
+    """By mode of `data.features`."""
+
+    encoded: int
+    distinct: int
+    """Pictures of the cache that streaming filled."""
+
+    is_equal: bool
+    """Features and final weights of both runs, to the bit."""
+
+    def describe(self) -> str:
+        """One line."""
+        times = ", ".join(f"{mode} {elapsed:.1f} s" for mode, elapsed in self.seconds.items())
+        bits = "equal" if self.is_equal else "DIFFERENT"
+        return f"{self.ratio:.2f} ({times}; encoded / distinct {self.encoded} / {self.distinct}; bits {bits})"
+
+    @property
+    def ratio(self) -> float:
+        """Streaming over cache-then-train."""
+        return self.seconds["stream"] / self.seconds["cached"]
 
 
 def main() -> None:
-    """Parse, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=192, help="pictures and rows of the timed epoch")
-    parser.add_argument("--hidden-size", type=int, default=256, help="of the language model, a multiple of 64")
-    parser.add_argument("--layers", type=int, default=4, help="of the language model")
-    parser.add_argument("--precision", default="auto", help="of training: auto, float32 or bfloat16")
-    parser.add_argument("--encode-precision", default="float32", help="of the tower: float32 or bfloat16")
-    parser.add_argument("--encoders", type=int, default=1, help="encoder actors")
-    parser.add_argument("--cpus", type=float, default=4.0, help="logical CPUs of the local cluster")
-    args = parser.parse_args()
+    """Measure and print."""
+    arguments = parse()
+    print(describe(measure_limits(torch.device("cpu"), threads=2), torch.device("cpu")), flush=True)
+    print(f"stream over cached: {compare(arguments).describe()}")
+
+
+def compare(arguments: argparse.Namespace) -> Streaming:
+    """Both runs, one after the other."""
+    seconds: dict[str, float] = {}
+    results: dict[str, StageResult] = {}
+    caches: dict[str, FeatureCache] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        path = write_inputs(folder, args)
+        path = write_inputs(folder, arguments)
         connect(load_config(path))
         try:
-            report(path, folder, args)
+            for mode in MODES:
+                config = load_config(path, [f"data.features={mode}", f"storage_path={folder / mode}"])
+                begin(config, folder / "start")
+                started = time.perf_counter()
+                prepare(config)
+                results[mode] = run_stage(config, "sft")
+                seconds[mode] = time.perf_counter() - started
+                caches[mode] = FeatureCache.open(next(layout.features_root(config).iterdir()))
         finally:
             disconnect()
-
-
-def report(path: Path, folder: Path, args: argparse.Namespace) -> None:
-    """Both runs, one after the other, and the table."""
-    seconds, results, caches = {}, {}, {}
-    for mode in ("cached", "stream"):
-        config = load_config(path, [f"data.features={mode}", f"storage_path={folder / mode}"])
-        begin(config, folder / "start")
-        started = time.perf_counter()
-        prepare(config)
-        results[mode] = run_stage(config, "sft")
-        seconds[mode] = time.perf_counter() - started
-        caches[mode] = FeatureCache.open(next(layout.features_root(config).iterdir()))
-    stat = caches["stream"].stat()
-    digests = sorted(committed_digests(caches["stream"].directory))
-    features = [caches[mode].get(digests).view(torch.int16) for mode in caches]
-    print(f"{args.pictures} pictures, language model {args.hidden_size} x {args.layers}, {args.encoders} encoder(s)")
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        print(f"matmul {MATMUL_SIZE}^3, {name:<10}{matmul_gflops(dtype):>10.0f} GFLOP/s")
-    for mode, elapsed in seconds.items():
-        print(f"{mode:<24}{elapsed:>10.1f} s")
-    print(f"{'stream / cached':<24}{seconds['stream'] / seconds['cached']:>10.2f}")
-    print(f"encoded / distinct      {stat.encoded:>10} / {stat.distinct}")
-    print(f"features equal to the bit: {torch.equal(*features)}, weights: {same_weights(results)}")
+        stat = caches["stream"].stat()
+        digests = sorted(committed_digests(caches["stream"].directory))
+        features = [caches[mode].get(digests).view(torch.int16) for mode in MODES]
+        return Streaming(seconds, stat.encoded, stat.distinct, torch.equal(*features) and same_weights(results))
 
 
 def begin(config: Config, start: Path) -> None:
@@ -119,45 +112,41 @@ def begin(config: Config, start: Path) -> None:
         (config.root / "runs" / run.name).symlink_to(run)
 
 
-def write_inputs(folder: Path, args: argparse.Namespace) -> Path:
+def write_inputs(folder: Path, arguments: argparse.Namespace) -> Path:
     """Pictures, rows, tower and settings; returns the settings' path."""
-    draw = random.Random(0)
+    draw, words = random.Random(0), WORDS.split()
     rows: dict[str, list[dict[str, object]]] = {"pretrain": [], "sft": []}
-    for number in range(args.pictures + 8):
-        noise = np.random.default_rng(number).integers(0, 256, (60, 80, 3), np.uint8)
-        Image.fromarray(noise).resize((640, 480)).save(folder / f"{number}.jpg", quality=85)
-        caption = " ".join(draw.choices(WORDS, k=draw.randint(11, 34)))
+    paths = write_pictures(folder / "pictures", arguments.pictures + PRETRAIN_PICTURES)
+    for number, path in enumerate(paths):
+        caption = " ".join(draw.choices(words, k=draw.randint(11, 34)))
         turns = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": caption}]
-        stage = "pretrain" if number < 8 else "sft"
-        rows[stage].append({"image": f"{number}.jpg", "conversations": turns})
+        stage = "pretrain" if number < PRETRAIN_PICTURES else "sft"
+        rows[stage].append({"image": path.name, "conversations": turns})
     for stage, values in rows.items():
         (folder / f"{stage}.json").write_text(json.dumps(values))
-    clip = build_clip(
-        image_size=224, patch_size=32, vision_hidden_size=768, vision_layers=12, vision_heads=12, text_hidden_size=64,
-        text_layers=1, text_heads=1, max_text_tokens=16, projection_dim=64, vocab_size=300, bos_token_id=1,
-        eos_token_id=0, pad_token_id=0, seed=0,
-    )  # fmt: skip
-    save_clip(clip, folder / "clip")
-    heads = args.hidden_size // 64
+    write_tower(folder / "clip")
+    heads = arguments.hidden_size // 64
     tree = {
-        "cluster": {"num_cpus": args.cpus},
+        "cluster": {"num_cpus": arguments.cpus},
         "data": {
-            stage: [{"path": str(folder / f"{stage}.json"), "image_root": str(folder), "split": "train"}]
+            stage: [{"path": str(folder / f"{stage}.json"), "image_root": str(folder / "pictures"), "split": "train"}]
             for stage in rows
         },
         "tokenizer": {"vocab_size": 1024},
         "clip": {
             "path": str(folder / "clip"), "image_size_px": 224, "patch_size_px": 32, "vision_hidden_size": 768,
-            "encode_batch_size": 16, "encode_precision": args.encode_precision, "num_encoders": args.encoders,
+            "encode_batch_size": 16, "encode_precision": arguments.precision, "num_encoders": 1,
         },
         "model": {
             "language_model": {
-                "hidden_size": args.hidden_size, "num_hidden_layers": args.layers, "num_attention_heads": heads,
-                "num_key_value_heads": heads, "intermediate_size": 4 * args.hidden_size,
+                "hidden_size": arguments.hidden_size, "num_hidden_layers": arguments.layers,
+                "num_attention_heads": heads, "num_key_value_heads": heads,
+                "intermediate_size": 4 * arguments.hidden_size,
             }
         },
         "train": {
-            "num_workers": 1, "threads_per_worker": 2, "precision": args.precision, "checkpoint_every_steps": 10**6,
+            "num_workers": 1, "threads_per_worker": 2, "precision": arguments.precision,
+            "checkpoint_every_steps": 10**6,
             "pretrain": {"global_batch_size": 8, "max_steps": 1}, "sft": {"global_batch_size": 16},
         },
     }  # fmt: skip
@@ -172,15 +161,15 @@ def same_weights(results: dict[str, StageResult]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def matmul_gflops(dtype: torch.dtype) -> float:
-    """A product of two square matrices, best of three, 10^9 operations per second."""
-    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype)
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        torch.matmul(matrix, matrix)
-        times.append(time.perf_counter() - started)
-    return 2 * MATMUL_SIZE**3 / min(times) / 1e9
+def parse(command_line: list[str] | None = None) -> argparse.Namespace:
+    """Arguments, by default those of this process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=192, help="pictures and rows of the timed epoch")
+    parser.add_argument("--hidden-size", type=int, default=256, help="of the language model, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4, help="of the language model")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--cpus", type=float, default=4.0, help="logical CPUs of the local cluster")
+    return parser.parse_args(command_line)
 
 
 if __name__ == "__main__":

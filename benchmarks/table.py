@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import clip_actors, padding, prepare_rows, train_ray
+from benchmarks import clip_actors, padding, prepare_rows, stream_features, train_ray
 from benchmarks.machine import Limits, describe, measure_limits
 from minivlm.config.base import cpu_has_bfloat16
 
@@ -37,6 +37,8 @@ def rows(arguments: argparse.Namespace, limits: Limits, precision: str) -> Itera
         yield from training(kind, arguments.steps, limits)
     rates = clip_actors.measure(clip_actors.parse([f"--precision={precision}", f"--pictures={arguments.pictures}"]))
     yield "CLIP ViT-B/32 actors, JPEG decoding included", ">= 70 pictures/s", rates.describe(limits, precision)
+    streaming = stream_features.compare(stream_features.parse([f"--precision={precision}"]))
+    yield "first epoch: streaming over cache-then-train", "<= 1.0", streaming.describe()
     growth = prepare_rows.compare(arguments.rows)
     yield "10x the rows: preparation time per row", "<= 1.15x", f"{growth.time_per_row:.2f}x"
     yield "10x the rows: peak memory", "<= 1.1x", f"{growth.peak_memory:.2f}x"
