@@ -154,7 +154,7 @@ DROPOUT = {"attention_dropout": 0.1, "label_smoothing": 0.1}
     ids=["dropout", "lora", "lora-zero3-checkpointing", "lora-zero0"],
 )
 def test_resume_equals_uninterrupted(tiny_parts: Path, tmp_path: Path, stage: dict[str, Any], train: dict[str, Any]):
-    train = {**train, "checkpoint_every_steps": 1, "micro_batch_tokens": 40}
+    train = {**train, "checkpoint_every_steps": 2, "micro_batch_tokens": 40}
     whole = run(stage_job(tiny_parts, tmp_path / "whole", stage, **train))[1]
     halves = run(interrupted(stage_job(tiny_parts, tmp_path / "halves", stage, **train), after=2))[1]
     assert_close(exported(halves), exported(whole), atol=0, rtol=0)
