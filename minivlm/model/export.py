@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -35,7 +35,7 @@ from minivlm.model.llava import (
     read_projector,
     write_own_settings,
 )
-from minivlm.model.loading import compare_weights
+from minivlm.model.loading import check_room, compare_weights
 from minivlm.model.projector import describe_projector
 from minivlm.model.tokenizer import load_tokenizer
 from minivlm.model.vision import VisionTower, load_vision_model, vision_classes
@@ -116,8 +116,7 @@ def load_export(directory: Path) -> Export:
         language_model = AutoModelForCausalLM.from_config(llava.config.text_config, attn_implementation="sdpa")
     language_model.model = llava.model.language_model
     language_model.lm_head = llava.lm_head
-    own_file = directory / OWN_FILE
-    if own_file.exists() and json.loads(own_file.read_text())["tie_word_embeddings"]:
+    if _is_tied(directory):
         _tie(language_model, directory)
     projector = read_projector(llava, directory)
     vlm = MiniVLM(projector, language_model, llava.config.image_token_index).eval()
@@ -138,22 +137,35 @@ def load_export_tower(
         config, _ = read_llava_config(directory)
         model_class, processor_class = vision_classes(config.vision_config)
         image_processor = processor_class.from_pretrained(str(directory), local_files_only=True)
-        model = model_class(config.vision_config)
-        weights = _vision_weights(directory)
+        vision, weights = config.vision_config, _vision_weights(directory)
+        check_room(directory, [vision], vision.num_hidden_layers, lambda: model_class(vision))
+        model = model_class(vision)
         problem = compare_weights(weights, model.state_dict())
         if problem is not None:
             raise ValueError(problem)
         model.load_state_dict(weights)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return VisionTower(
+            model,
+            image_processor,
+            precision=precision,
+            feature_layer=config.vision_feature_layer,
+            batch_size=batch_size,
+            device=device,
+        )
+    except Exception as error:  # transformers raises anything at strange settings
         raise CheckpointError(f"{directory} holds no complete vision tower: {error}") from error
-    return VisionTower(
-        model,
-        image_processor,
-        precision=precision,
-        feature_layer=config.vision_feature_layer,
-        batch_size=batch_size,
-        device=device,
-    )
+
+
+def _is_tied(directory: Path) -> bool:
+    """What `OWN_FILE` says of the head; a stock folder has none."""
+    path = directory / OWN_FILE
+    if not path.exists():
+        return False
+    try:
+        is_tied = json.loads(path.read_text())["tie_word_embeddings"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path} does not say whether the head is tied: {error!r}") from error
+    return bool(is_tied)
 
 
 def _tie(language_model: PreTrainedModel, directory: Path) -> None:

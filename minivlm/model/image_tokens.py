@@ -31,9 +31,9 @@ def read_tower_config(path: str, *, local_files_only: bool = False) -> PreTraine
     """
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and what it calls raise anything at a strange config.json
         raise ValueError(
-            f"No vision tower under `{path}` ({str(error).splitlines()[0]}). Type clip.path=FOLDER with config.json, "
+            f"No vision tower under `{path}` ({first_line(error)}). Type clip.path=FOLDER with config.json, "
             "model.safetensors and preprocessor_config.json, or leave it out to train one"
         ) from error
     vision: PreTrainedConfig = config.vision_config if config.model_type in ("clip", "siglip") else config
@@ -89,3 +89,8 @@ def count_image_tokens(kind: str, num_features: int, sizes: Mapping[str, int]) -
             )
         return (-(-side // factor)) ** 2
     return num_features
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, or its name where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

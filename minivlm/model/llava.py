@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     LlavaConfig,
@@ -21,7 +20,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.model.image_tokens import CLASS_TOKENS, PROJECTOR_SIZES, count_features, count_image_tokens
-from minivlm.model.loading import explain_loading
+from minivlm.model.loading import check_room, explain_loading
 from minivlm.model.projector import LinearProjector, MlpProjector, Projector, build_projector, describe_projector
 from minivlm.model.tokenizer import token_id
 from minivlm.model.vlm import MiniVLM
@@ -130,7 +129,10 @@ def read_llava_config(directory: Path) -> tuple[LlavaConfig, bool]:
         if config.vision_config.model_type not in CLASS_TOKENS:
             raise ValueError(f"its tower is a `{config.vision_config.model_type}`, neither CLIP nor SigLIP")
         count_features(config.vision_config)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        layer = config.vision_feature_layer
+        if config.vision_feature_select_strategy != "full" or not isinstance(layer, int) or layer >= 0:
+            raise ValueError("only one negative vision_feature_layer with strategy `full` is supported")
+    except Exception as error:  # transformers and what it calls raise anything at a strange config.json
         raise CheckpointError(f"{path} describes no model of this project: {error!r}") from error
     return config, is_plain
 
@@ -151,8 +153,13 @@ def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
         CheckpointError: no export, weights missing or left over, or an architecture that we do not run.
     """
     config, is_plain = read_llava_config(directory)
+    model_class = LlavaForConditionalGeneration if is_plain else OwnLlava
+    parts = (config.vision_config, config.text_config)
+    num_layers = sum(part.num_hidden_layers for part in parts)
+    num_layers += 0 if is_plain else config.minivlm_projector.get("resampler_layers", 0)
     try:
-        llava, info = (LlavaForConditionalGeneration if is_plain else OwnLlava).from_pretrained(
+        check_room(directory, parts, num_layers, lambda: model_class(config))
+        llava, info = model_class.from_pretrained(
             str(directory),
             config=config,
             key_mapping=None if is_plain else {"^language_model.lm_head": "lm_head"},
@@ -163,14 +170,11 @@ def load_llava(directory: Path) -> tuple[LlavaForConditionalGeneration, int]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded: {error}") from error
+    except Exception as error:  # as above: sizes, activations and quantizations that there are not
+        raise CheckpointError(f"{directory} cannot be loaded: {error!r}") from error
     problem = explain_loading(llava, info)
     if problem is not None:
         raise CheckpointError(f"{directory}: {problem}")
-    layer = config.vision_feature_layer
-    if config.vision_feature_select_strategy != "full" or not isinstance(layer, int) or layer >= 0:
-        raise CheckpointError(f"{directory}: only one negative vision_feature_layer with strategy `full` is supported")
     return llava, len(llava.state_dict())
 
 

@@ -4,12 +4,62 @@ transformers fills what it does not find with random values and passes over what
 that reads weights: language models, towers, exports, training state.
 """
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 SHOWN_NAMES = 3
+ROOM_FACTOR = 2
+"""How many times what its files hold a model may need: experts and tied weights are stored otherwise than kept."""
+
+PART_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def check_room(
+    directory: Path, parts: Collection[PreTrainedConfig], num_layers: int, build: Callable[[], nn.Module]
+) -> None:
+    """Refuse settings that ask for far more than the folder's safetensors hold, before memory or time is spent on them.
+
+    Args:
+        parts: settings whose sizes must be whole numbers from 1.
+        num_layers: layers that `build` makes, all parts together; each has a tensor of its own.
+        build: makes the model; called on the meta device.
+
+    Raises:
+        ValueError: the settings cannot be those of the files.
+    """
+    for part in parts:
+        values = part.to_dict()
+        wrong = {name: values[name] for name in PART_SIZES if name in values and not _is_size(values[name])}
+        if wrong:
+            raise ValueError(f"{part.model_type}: {wrong}: sizes start at 1")
+    stored = _stored_sizes(directory)
+    if num_layers > len(stored):
+        raise ValueError(f"{num_layers} layers, but its files hold {len(stored)} tensors")
+    with torch.device("meta"):
+        needed = sum(weights.numel() for weights in build().state_dict().values())
+    if needed > ROOM_FACTOR * sum(stored):
+        raise ValueError(f"a model of {needed:,} numbers, but its files hold {sum(stored):,}")
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
+
+
+def _stored_sizes(directory: Path) -> list[int]:
+    """Elements of every tensor in the folder, from the headers alone."""
+    sizes: list[int] = []
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 (not a dict)
+            sizes += [math.prod(shape) for shape in shapes]
+    return sizes
 
 
 def compare_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:

@@ -11,13 +11,13 @@ from typing import Self, TypeAlias
 
 import torch
 from PIL.Image import Image
-from safetensors import SafetensorError
+from PIL.Image import new as new_image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, PreTrainedConfig, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from minivlm.model.image_tokens import count_features, read_tower_config
+from minivlm.model.image_tokens import count_features, first_line, read_tower_config
 from minivlm.model.loading import explain_loading
 
 VisionModel: TypeAlias = CLIPVisionModel | SiglipVisionModel
@@ -37,6 +37,9 @@ PREPROCESS_KEYS = (
     "image_std",
     "do_convert_rgb",
 )
+MAX_RESIZE_FACTOR = 4
+"""Longest side of a resized picture before the crop, in sides of the tower's input."""
+
 OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Weights of a whole CLIP or SigLIP that its vision half has no use for."""
 
@@ -68,11 +71,7 @@ class VisionTower:
         layers = model.encoder.layers
         if not -len(layers) - 1 <= feature_layer <= -1:
             raise ValueError(f"clip.feature_layer is {feature_layer}: the tower has layers -{len(layers) + 1} to -1")
-        side = model.config.image_size
-        size = dict(image_processor.crop_size if image_processor.do_center_crop else image_processor.size)
-        given = (size.get("height"), size.get("width"))
-        if given != (side, side):
-            raise ValueError(f"the image processor gives {given} px, but the vision tower reads {side} x {side} px")
+        _check_processor(image_processor, model.config.image_size)
         self.image_processor = image_processor
         self.batch_size = batch_size
         self.precision = precision
@@ -124,6 +123,29 @@ class VisionTower:
         return features
 
 
+def _check_processor(image_processor: ImageProcessor, side: int) -> None:
+    """Its pictures must be the tower's input, finite, and no larger on the way there: its settings come from a file."""
+    resized = dict(image_processor.size or {})
+    size = dict((image_processor.crop_size if image_processor.do_center_crop else resized) or {})
+    given = (size.get("height"), size.get("width"))
+    if given != (side, side):
+        raise ValueError(f"the image processor gives {given} px, but the vision tower reads {side} x {side} px")
+    if any(value is not None and not 1 <= value <= MAX_RESIZE_FACTOR * side for value in resized.values()):
+        raise ValueError(
+            f"the image processor resizes to {resized} px, but the vision tower reads {side} x {side} px: sides from 1 "
+            f"to {MAX_RESIZE_FACTOR} times that are supported"
+        )
+    try:
+        picture = image_processor(images=[new_image("RGB", (side + 1, side))], return_tensors="pt")["pixel_values"]
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"the image processor fails at a plain picture: {error!r}") from error
+    if picture.shape != (1, 3, side, side) or not bool(picture.isfinite().all()):
+        raise ValueError(
+            f"the image processor makes {tuple(picture.shape)} of a plain picture, or numbers that are not finite: "
+            "look at do_resize, image_mean and image_std in its settings"
+        )
+
+
 def load_vision_model(path: str) -> tuple[VisionModel, ImageProcessor]:
     """The float32 vision half of a folder or hub id, and its image processor; errors as `VisionTower.load`."""
     model_class, processor_class = vision_classes(read_tower_config(path))
@@ -132,9 +154,9 @@ def load_vision_model(path: str) -> tuple[VisionModel, ImageProcessor]:
             path, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
         image_processor = processor_class.from_pretrained(path)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises anything at strange settings
         raise ValueError(
-            f"No vision tower under `{path}` ({str(error).splitlines()[0]}). Type clip.path=FOLDER with "
+            f"No vision tower under `{path}` ({first_line(error)}). Type clip.path=FOLDER with "
             "config.json, model.safetensors and preprocessor_config.json, or leave it out to train one"
         ) from error
     problem = explain_loading(model, info, ignored=OTHER_HALF)

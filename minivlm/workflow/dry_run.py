@@ -21,6 +21,9 @@ from minivlm.model.vlm import MiniVLM
 from minivlm.train.initial import choose_learning
 from minivlm.train.placement import DATA_CPUS, check_placement
 
+ROOM_FOR_TEXT = 256
+"""Tokens that a message proposes beyond those of a picture."""
+
 
 def describe(config: Config) -> str:
     """The resolved settings as YAML, then parameters, rows and tokens, and what runs where."""
@@ -34,6 +37,12 @@ def _parameters(config: Config) -> list[str]:
     (num_features, vision_size), note = _tower_shape(config)
     kind, sizes = config.model.projector, config.model.projector_sizes
     num_image_tokens = count_image_tokens(kind, num_features, sizes)
+    if num_image_tokens >= config.model.max_length_tokens:
+        raise ConfigError(
+            f"a picture becomes {num_image_tokens} tokens, which leaves no room for text in model.max_length_tokens="
+            f"{config.model.max_length_tokens}: type model.max_length_tokens={num_image_tokens + ROOM_FOR_TEXT}, or "
+            + ("fewer model.resampler_queries" if kind == "resampler" else "model.projector=resampler")
+        )
     lines = [
         "# parameters",
         f"vision tower     {config.clip.path or 'trained here'}, {num_features} features per picture, frozen{note}",

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from transformers import SiglipVisionConfig
 
-from minivlm.config import load_config
+from minivlm.config import ConfigError, load_config
 from minivlm.workflow.dry_run import describe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,7 +51,11 @@ def test_fewer_tokens_and_an_export_of_our_own_are_announced():
 
 def test_the_size_of_a_tower_comes_from_its_own_settings(tmp_path):
     SiglipVisionConfig(image_size=384, patch_size=14, hidden_size=1152).save_pretrained(tmp_path)
-    text = describe(load_config(CONFIGS / "tiny.yaml", [f"clip.path={tmp_path}", "model.projector=linear"]))
+    text = describe(
+        load_config(
+            CONFIGS / "tiny.yaml", [f"clip.path={tmp_path}", "model.projector=linear", "model.max_length_tokens=1024"]
+        )
+    )
     assert "729 features per picture, frozen\n" in text
     assert f"729 image tokens per picture, {1152 * 128:,} parameters" in text
 
@@ -58,3 +63,15 @@ def test_the_size_of_a_tower_comes_from_its_own_settings(tmp_path):
 def test_a_tower_that_is_not_here_is_taken_as_described():
     text = describe(load_config(CONFIGS / "gpu.yaml", ["clip.path=nobody/no-such-tower"]))
     assert "nobody/no-such-tower, 50 features per picture, frozen (as clip.image_size_px" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["model.projector=resampler", "model.resampler_queries=600"], "fewer model.resampler_queries"),
+        (["model.max_length_tokens=10"], "model.projector=resampler"),
+    ],
+)
+def test_pictures_that_leave_no_room_for_text_are_refused(overrides, advice):
+    with pytest.raises(ConfigError, match=rf"type model\.max_length_tokens=\d+, or {advice}"):
+        describe(load_config(CONFIGS / "tiny.yaml", overrides))
