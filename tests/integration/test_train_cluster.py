@@ -32,9 +32,10 @@ from minivlm.data.tokens import TokenTable
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.export import load_export
 from minivlm.model.vlm import sequence_logps
-from minivlm.train.launch import StageResult, check_resources, finished_stage, run_stage
+from minivlm.train.launch import StageResult, check_resources, finish, finished_stage, make_job, run_stage
 from minivlm.train.metrics import METRICS_FILE, read_metrics
 from minivlm.train.stages import TrainingError
+from tests.train_processes import run_job
 
 pytestmark = pytest.mark.cluster
 
@@ -217,19 +218,18 @@ def test_killing_driver_and_worker_and_typing_the_same_again_gives_the_same_weig
     assert_close(weights(result), weights(pretrained[1]), atol=0, rtol=0)
 
 
-def test_a_streamed_stage_ends_with_the_weights_of_the_cached_one_and_encodes_each_picture_once(
+def test_a_streamed_stage_ends_with_the_weights_of_a_cached_one_and_encodes_each_picture_once(
     pretrained: tuple[Config, StageResult], settings: Path
 ):
     short = ("train.sft.epochs=2", "train.sft.learning_rate=1e-2")
-    results, streaming = [], ("data.features=stream", "clip.cpus_per_encoder=0.5")
-    for name, overrides in (("short", short), ("streamed", (*short, *streaming))):
-        config = elsewhere(settings, name, *overrides)
-        (config.root / "runs").mkdir()
-        (config.root / "runs" / pretrained[1].run_dir.name).symlink_to(pretrained[1].run_dir)
-        if name == "streamed":
-            (config.root / "features").unlink()  # nothing is encoded yet
-        results.append(run_stage(config, "sft"))
-    cached, streamed = results
+    job = make_job(load_config(settings, short), "sft")
+    assert run_job(job) == {}  # plain processes on the cached features
+    cached = finish(job)
+    config = elsewhere(settings, "streamed", *short, "data.features=stream", "clip.cpus_per_encoder=0.5")
+    (config.root / "runs").mkdir()
+    (config.root / "runs" / pretrained[1].run_dir.name).symlink_to(pretrained[1].run_dir)
+    (config.root / "features").unlink()  # nothing is encoded yet
+    streamed = run_stage(config, "sft")
     assert losses(streamed) == losses(cached)
     assert_close(weights(streamed), weights(cached), atol=0, rtol=0)
     stat = FeatureCache.open(next_cache(config)).stat()
