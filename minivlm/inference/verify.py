@@ -46,7 +46,7 @@ class _Transformers:
 
     def __init__(self, folder: Path, processor: ProcessorMixin) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
         ).eval()
         self.image_processor = processor.image_processor
 
@@ -94,7 +94,8 @@ def verify_export(folder: Path, asked: Sequence[tuple[Image.Image, str]]) -> Ver
     """
     _, is_stock = read_llava_config(folder)
     ours, tower = load_export(folder), load_export_tower(folder, batch_size=len(asked))
-    processor, pictures = AutoProcessor.from_pretrained(folder, local_files_only=True), [row[0] for row in asked]
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    pictures = [row[0] for row in asked]
     other: _Transformers | _FromPicture
     if is_stock:
         other, features = _Transformers(folder, processor), tower.encode_exact(tower.preprocess(pictures))
@@ -139,7 +140,7 @@ def _prompt_ids(
 def _check_refused(folder: Path) -> None:
     """transformers must stop at a projector that it has not, or people would get random weights."""
     try:
-        AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+        AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ValueError:
         return
     raise CheckpointError(f"{folder}: transformers loads it, though LLaVA has no such projector. Export it again")

@@ -94,7 +94,7 @@ def _unit(embeds: Tensor) -> Tensor:
 
 def _load_model(path: str) -> tuple[CLIPModel, CLIPImageProcessorPil]:
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         if not isinstance(config, CLIPConfig):
             raise ValueError(f"a {config.model_type} without CLIP's text side")
         model, report = CLIPModel.from_pretrained(
@@ -114,7 +114,7 @@ def _load_model(path: str) -> tuple[CLIPModel, CLIPImageProcessorPil]:
 def _load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerFast:
     """The tokenizer beside the weights. Where its files are missing transformers makes an all but empty one."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
     else:

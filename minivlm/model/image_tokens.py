@@ -30,7 +30,7 @@ def read_tower_config(path: str, *, local_files_only: bool = False) -> PreTraine
         ValueError: no config.json there, or one of another architecture.
     """
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only)
+        config = AutoConfig.from_pretrained(path, local_files_only=local_files_only, trust_remote_code=False)
     except Exception as error:  # transformers and what it calls raise anything at a strange config.json
         raise ValueError(
             f"No vision tower under `{path}` ({first_line(error)}). Type clip.path=FOLDER with config.json, "

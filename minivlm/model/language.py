@@ -94,6 +94,7 @@ def _load(path: str, vocab_size: int) -> PreTrainedModel:
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
         )

@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         ValueError: there is no fast tokenizer under `path`, or plain text can become a control token in it.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer under `{path}` ({str(error).splitlines()[0]}). Type tokenizer.path=FOLDER of a "

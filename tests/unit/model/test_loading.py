@@ -1,5 +1,6 @@
 """Weights that are read are all of the model's, in its shapes, and numbers; else the message counts and names them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_a_head_in_the_file_of_a_tied_model_is_kept_and_no_longer_called_tied(la
     same = load_language(str(language))
     assert same.get_output_embeddings().weight is same.get_input_embeddings().weight
     assert same.config.tie_word_embeddings is True
+
+
+def test_code_in_a_folder_is_neither_run_nor_asked_about(language: Path, tmp_path: Path):
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(language, folder)
+    path = folder / "config.json"
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "own", "auto_map": auto_map}))
+    (folder / "code.py").write_text(f"import pathlib; pathlib.Path({str(ran)!r}).touch()")
+    with pytest.raises(ValueError, match="No language model under"):
+        build_language_model(path=str(folder), architecture="qwen3", sizes={}, vocab_size=64, seed=0)
+    assert not ran.exists()
 
 
 def test_a_tower_is_read_whole_or_not_at_all(export: Path, tmp_path: Path):
