@@ -8,12 +8,12 @@ coordinators unpickle these names.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from minivlm.data.errors import DataError
-from minivlm.data.images import BadImage, ImageLimits, read_image
+from minivlm.data.images import ImageLimits, read_validated_image
 from minivlm.data.pictures import PicturePaths
 
 if TYPE_CHECKING:
@@ -111,19 +111,10 @@ class PictureEncoder:
 
         features = []
         for start in range(0, len(digests), self._tower.batch_size):
-            images = [self._read(digest) for digest in digests[start : start + self._tower.batch_size]]
+            part = digests[start : start + self._tower.batch_size]
+            images = [read_validated_image(Path(self._paths[digest]), digest, self._limits) for digest in part]
             features.append(self._tower.encode(self._tower.preprocess(images)))
         self._cache.append(digests, torch.cat(features))
-
-    def _read(self, digest: str) -> Any:
-        path = Path(self._paths[digest])
-        try:
-            image, found = read_image(path, self._limits)
-        except BadImage as error:
-            raise DataError(f"{path}: {error}, though it was fine when rows were validated. Prepare again") from None
-        if found != digest:
-            raise DataError(f"{path} changed since the rows were validated. Prepare again: touch the data file first")
-        return image
 
 
 class BlockEncoder:

@@ -13,6 +13,8 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 from PIL import Image, ImageOps
 
+from minivlm.data.errors import DataError
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 DECODER_ERRORS = (
     OSError,
@@ -107,6 +109,21 @@ def read_image(path: Path, limits: ImageLimits) -> tuple[Image.Image, str]:
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from None
     return open_image(data, limits), hashlib.sha256(data).hexdigest()
+
+
+def read_validated_image(path: Path, digest: str, limits: ImageLimits) -> Image.Image:
+    """The RGB picture of a validated row, which must still be the one that was validated.
+
+    Raises:
+        DataError: the file cannot be read any more, or its bytes have another sha256 than `digest`.
+    """
+    try:
+        image, found = read_image(path, limits)
+    except BadImage as error:
+        raise DataError(f"{path}: {error}, though it was fine when rows were validated. Prepare again") from None
+    if found != digest:
+        raise DataError(f"{path} changed since the rows were validated. Prepare again: touch the data file first")
+    return image
 
 
 def check_size(size: tuple[int, int], limits: ImageLimits) -> None:

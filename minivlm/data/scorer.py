@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from minivlm.data.errors import DataError
-from minivlm.data.images import BadImage, ImageLimits, read_image
+from minivlm.data.images import ImageLimits, read_validated_image
 from minivlm.storage import write_bytes
 
 if TYPE_CHECKING:
@@ -108,7 +108,11 @@ class Scorer:
 
     def _score(self, rows: Sequence[dict[str, Any]], texts: Sequence[str]) -> np.ndarray:
         paths = {digest: path for row in rows for digest, path in zip(row["image_sha256"], row["images"], strict=True)}
-        images = self._embed(list(paths), lambda part: self._clip.embed_images([self._read(paths[d], d) for d in part]))
+        limits = self._scoring.limits
+        images = self._embed(
+            list(paths),
+            lambda part: self._clip.embed_images([read_validated_image(Path(paths[d]), d, limits) for d in part]),
+        )
         words = self._embed(list(dict.fromkeys(texts)), self._clip.embed_texts)
         pairs = zip(rows, texts, strict=True)
         return np.array(
@@ -122,15 +126,6 @@ class Scorer:
         for part in (items[start : start + size] for start in range(0, len(items), size)):
             found |= dict(zip(part, embed(part).numpy(), strict=True))
         return found
-
-    def _read(self, path: str, digest: str) -> Any:
-        try:
-            image, found = read_image(Path(path), self._scoring.limits)
-        except BadImage as error:
-            raise DataError(f"{path}: {error}, though it was fine when rows were validated. Prepare again") from None
-        if found != digest:
-            raise DataError(f"{path} changed since the rows were validated. Prepare again: touch the data file first")
-        return image
 
 
 class ScoreCache:

@@ -91,7 +91,10 @@ def test_a_head_in_the_file_of_a_tied_model_is_kept_and_no_longer_called_tied(la
     assert same.config.tie_word_embeddings is True
 
 
-def test_code_in_a_folder_is_neither_run_nor_asked_about(language: Path, tmp_path: Path):
+def test_code_in_a_folder_is_not_run_whatever_is_answered(
+    language: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # transformers asks unless it is told not to
     folder, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(language, folder)
     path = folder / "config.json"
