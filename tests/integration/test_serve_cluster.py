@@ -2,23 +2,21 @@
 
 import socket
 import tempfile
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import ray
-from playwright.sync_api import sync_playwright
 
 from minivlm.config import Config, ConfigError, load_config
 from minivlm.serve.app import check_port_free, start_server, stop_server
 from minivlm.tracking.client import TrackingError
 from minivlm.tracking.registry import promote, register_candidate
 from minivlm.tracking.runs import start_run
+from tests.browser import chromium
 from tests.tiny_export import build_export, data_url, png
 
 pytestmark = pytest.mark.cluster
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 def free_port() -> int:
@@ -117,10 +115,7 @@ def test_without_a_champion_the_error_says_what_to_run(config, base_url, tmp_pat
 
 
 def test_the_page_streams_an_answer_in_a_browser(base_url, client):
-    if not CHROMIUM.exists():
-        pytest.skip(f"no {CHROMIUM}: apt-get install chromium to test the page in a browser")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         page = browser.new_page()
         problems: list[str] = []
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -139,4 +134,3 @@ def test_the_page_streams_an_answer_in_a_browser(base_url, client):
         assert answer.text_content() == expected
         assert page.locator("#log .user img").count() == 1
         assert problems == []
-        browser.close()
