@@ -11,9 +11,8 @@ Pairs that the user brings (data.mpo) are taken over as they are.
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +22,16 @@ from minivlm.data.draw import drawn_pairs
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import draw_rows, iter_training_rows, prepare_features
 from minivlm.inference.actors import Decoding
+from minivlm.inference.committed import Work, finish_answers
 from minivlm.inference.exports import StageExport, stage_export
-from minivlm.inference.jobs import Request, answer_blocks, make_blocks
+from minivlm.inference.jobs import Answer, Request, answer_blocks
 from minivlm.layout import pairs_dir, samples_dir, tower_path
-from minivlm.log import Progress, get_logger
+from minivlm.log import get_logger
 from minivlm.preferences.files import write_mmpr, write_pairs
 from minivlm.preferences.pairs import choose_pairs, keep_minority
 from minivlm.schema import PreferencePair, Sample
 from minivlm.scoring.answers import MARKER
-from minivlm.storage import content_hash, write_json
+from minivlm.storage import write_json
 
 _log = get_logger(__name__)
 
@@ -173,33 +173,18 @@ def make_pairs(
 
 
 def _sample_answers(config: Config, export: StageExport, prompts: Sequence[Prompt]) -> list[list[str]]:
-    """Answers of each prompt, in the order of their number; finished chunks are read, the others asked for."""
+    """Answers of each prompt, in the order of their number; finished batches are read, the others asked for."""
     settings = config.preferences
     decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.top_k)
-    blocks = make_blocks(_requests(config, export, prompts), settings.batch_size)
-    folder = pairs_dir(config) / "answers"
-    # A chunk belongs to these very questions, seeds, decoding and weights; another one is asked again.
-    keys = [content_hash([export.reference, decoding, [(r.row_id, r.seed) for r in block]]) for block in blocks]
-    texts: dict[str, str] = {}
-    waiting: dict[frozenset[str], int] = {}
-    for number, block in enumerate(blocks):
-        path = folder / f"{number:05}.json"
-        stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"key": None}
-        if stored["key"] == keys[number]:
-            texts |= stored["answers"]
-        else:
-            waiting[frozenset(request.row_id for request in block)] = number
-    todo = [blocks[number] for number in waiting.values()]
-    shown = {digest for block in todo for request in block for digest in request.image_sha256}
-    features = prepare_features(config, tower_path(config), shown).directory
-    with Progress(sum(len(block) for block in todo), "sample answers") as progress:
-        for answers in answer_blocks(todo, features_dir=features, decoding=decoding, pool=config.evaluation):
-            chunk = {answer.row_id: answer.text for answer in answers}
-            number = waiting[frozenset(chunk)]
-            write_json(folder / f"{number:05}.json", {"key": keys[number], "answers": chunk})
-            texts |= chunk
-            progress.update(len(chunk))
-    return [[texts[f"{i}/{n}"] for n in range(settings.num_samples)] for i in range(len(prompts))]
+
+    def answer(blocks: Sequence[Sequence[Request]]) -> Iterator[list[Answer]]:
+        shown = {digest for block in blocks for request in block for digest in request.image_sha256}
+        features = prepare_features(config, tower_path(config), shown).directory
+        return answer_blocks(blocks, features_dir=features, decoding=decoding, pool=config.evaluation)
+
+    work = Work(pairs_dir(config) / "answers", export.reference, _requests(config, export, prompts))
+    [found] = finish_answers([work], answer, decoding=decoding, batch_size=settings.batch_size, title="sample answers")
+    return [[found[f"{i}/{number}"].text for number in range(settings.num_samples)] for i in range(len(prompts))]
 
 
 def _requests(config: Config, export: StageExport, prompts: Sequence[Prompt]) -> list[Request]:
