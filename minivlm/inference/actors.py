@@ -49,7 +49,10 @@ class _Loaded:
 
 
 class Generator:
-    """Rows {row_id, export_dir, messages (JSON), images (JSON list of digests), seed} -> {row_id, text, token_ids}."""
+    """Rows {row_id, export_dir, messages, images, seed, response_prefix} -> {row_id, text, token_ids}.
+
+    messages (turns), images (digests) and response_prefix (token ids that the answer goes on from) are JSON.
+    """
 
     def __init__(self, features_dir: str, decoding: Decoding, device: str, num_threads: int) -> None:
         self._loaded = _Loaded(device, num_threads)
@@ -71,6 +74,7 @@ class Generator:
             messages = [Message(**turn) for turn in json.loads(str(row["messages"]))]
             digests = json.loads(str(row["images"]))
             ids = encode_prompt(export.tokenizer, messages, export.num_image_tokens, num_images=len(digests))
+            ids += json.loads(str(row["response_prefix"]))
             prompts.append(Prompt(ids, self._features.get(digests), row=int(str(row["seed"]))))
         outputs = generate(
             export.vlm,

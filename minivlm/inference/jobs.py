@@ -25,7 +25,10 @@ _GROUPS_PER_BLOCK = 256
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt for one export. `seed` is that of its sampling; `weight` a guess of the work, for ordering only."""
+    """One prompt for one export. `seed` is that of its sampling; `weight` a guess of the work, for ordering only.
+
+    `response_prefix` are token ids that the assistant's turn begins with: the answer is what comes behind them.
+    """
 
     row_id: str
     export_dir: Path
@@ -33,11 +36,12 @@ class Request:
     image_sha256: tuple[str, ...]
     seed: int = 0
     weight: int = 0
+    response_prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model wrote, without the end token."""
+    """What the model wrote, without the end token (and behind the request's `response_prefix`)."""
 
     row_id: str
     text: str
@@ -65,7 +69,7 @@ def answer_blocks(
     """
     if not blocks:
         return
-    tables = [_to_table(block) for block in blocks]
+    tables = [to_table(block) for block in blocks]
     dataset = _map_actors(Generator, tables, pool, {"features_dir": str(features_dir), "decoding": decoding})
     sent = {frozenset(request.row_id for request in block) for block in blocks}
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -112,7 +116,8 @@ def score_table(
     return [logps[entry] for entry in range(len(table))]
 
 
-def _to_table(block: Sequence[Request]) -> pa.Table:
+def to_table(block: Sequence[Request]) -> pa.Table:
+    """Requests as the rows that a Generator takes."""
     return pa.Table.from_pylist(
         [
             {
@@ -121,6 +126,7 @@ def _to_table(block: Sequence[Request]) -> pa.Table:
                 "messages": json.dumps([asdict(message) for message in request.messages]),
                 "images": json.dumps(request.image_sha256),
                 "seed": request.seed,
+                "response_prefix": json.dumps(request.response_prefix),
             }
             for request in block
         ]
