@@ -75,5 +75,5 @@ def finish_answers(
 
 
 def _key(reference: str, decoding: Decoding, block: Sequence[Request]) -> str:
-    rows = [[r.row_id, r.seed, r.image_sha256, [asdict(turn) for turn in r.messages]] for r in block]
+    rows = [[r.row_id, r.seed, r.image_sha256, [asdict(turn) for turn in r.messages], r.response_prefix] for r in block]
     return content_hash([reference, asdict(decoding), rows])

@@ -95,8 +95,9 @@ def test_the_works_beside_it_do_not_change_a_works_batches(tmp_path: Path) -> No
         lambda folder: work(folder, reference="cd"),
         lambda folder: work(folder, word="how"),
         lambda folder: Work(folder / "sft", "ab", [replace(r, seed=1) for r in work(folder).requests]),
+        lambda folder: Work(folder / "sft", "ab", [replace(r, response_prefix=(7,)) for r in work(folder).requests]),
     ],
-    ids=["weights", "prompts", "seeds"],
+    ids=["weights", "prompts", "seeds", "prefixes"],
 )
 def test_answers_of_other_questions_or_weights_are_not_taken(tmp_path: Path, change) -> None:
     run([work(tmp_path)], Model())
