@@ -1,6 +1,6 @@
 """One self-contained HTML page about the checkpoints of a run: figures, curves, and answers beside their pictures.
 
-`write_report(config, stages, path)` after `evaluate`. Pictures are data URIs, styles and the filter are inline, so the
+`write_report(config, folders, path)` after `evaluate`. Pictures are data URIs, styles and the filter are inline, so the
 file opens anywhere without a network. Whatever models or data wrote is escaped by the template engine, and a content
 policy in the page forbids every outside address.
 """
@@ -15,13 +15,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from minivlm.config import Config, ConfigError, StageName
+from minivlm.config import Config, ConfigError
 from minivlm.data.images import BadImage, ImageLimits, open_image
 from minivlm.data.settings import image_limits
-from minivlm.evaluation.curves import HEIGHT, WIDTH, stage_charts
+from minivlm.evaluation.curves import HEIGHT, WIDTH, Chart, stage_charts
 from minivlm.evaluation.results import read_results, read_rows
 from minivlm.evaluation.tasks import CAPTION
-from minivlm.layout import run_dir
 from minivlm.storage import write_bytes
 
 _THUMBNAIL_PX = 224
@@ -29,43 +28,50 @@ _FAILURE_SHARE = 2 / 3
 """Most of the shown samples of a task that are failures, where there are right ones to show as well."""
 
 
-def write_report(config: Config, stages: Sequence[StageName], path: Path) -> Path:
+def write_report(config: Config, folders: Sequence[Path], path: Path) -> Path:
     """Write the page.
 
     Args:
-        stages: evaluated stages, in the order of training; the last one decides which samples are failures.
+        folders: of evaluations of the same questions, in the order shown; the last one decides which samples are
+            failures.
         path: the HTML file.
 
     Raises:
-        FileNotFoundError: a stage was not evaluated.
-        ConfigError: no stage, or the stages answered different questions.
+        FileNotFoundError: a folder without a complete evaluation.
+        ConfigError: no folder, or checkpoints that answered different questions.
     """
-    if not stages:
-        raise ConfigError("A report needs at least one evaluated stage. Run: python -m jobs.evaluate")
-    results = [read_results(config, stage) for stage in stages]
+    if not folders:
+        raise ConfigError("A report needs at least one evaluated checkpoint. Run: python -m jobs.evaluate")
+    results = [read_results(folder) for folder in folders]
+    names = [result["name"] for result in results]
     if len({result["questions"] for result in results}) > 1:
         raise ConfigError(
-            f"{', '.join(stages)} were evaluated on different questions and cannot stand side by side. "
+            f"{', '.join(names)} were evaluated on different questions and cannot stand side by side. "
             "Delete their folders under evaluations/ and run: python -m jobs.evaluate"
         )
-    rows = [read_rows(config, stage) for stage in stages]
+    rows = [read_rows(folder) for folder in folders]
     limits = image_limits(config)
     chosen = choose_samples(rows[-1], config.evaluation.report_samples_per_task)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     ).get_template("report.html.jinja")
     page = template.render(
-        stages=list(stages),
+        stages=names,
         results=results,
         tasks=_task_rows(results),
         languages=sorted({language for result in results for language in result["languages"]}),
-        charts=[chart for stage in stages for chart in stage_charts(stage, run_dir(config, stage) / "metrics.jsonl")],
+        charts=[chart for result in results for chart in _charts(result)],
         chart_size=(WIDTH, HEIGHT),
         samples=[_sample(index, rows, limits) for index in chosen],
         num_questions=results[-1]["num_questions"],
     )
     write_bytes(path, page.encode())
     return path
+
+
+def _charts(result: dict[str, Any]) -> list[Chart]:
+    """Curves of the run that wrote the checkpoint RUN/checkpoints/NAME; of another kind of folder none."""
+    return stage_charts(result["name"], Path(result["checkpoint"]).parents[1] / "metrics.jsonl")
 
 
 def choose_samples(rows: Sequence[dict[str, Any]], per_task: int) -> list[int]:

@@ -44,7 +44,7 @@ def evaluate_all(config: Config, stages: Sequence[StageName]) -> list[Path]:
         DataError: no test question.
         RuntimeError: a question came back without an answer (nothing is scored then).
     """
-    pending = [stage for stage in stages if not is_evaluated(config, stage)]
+    pending = [stage for stage in stages if not is_evaluated(evaluation_dir(config, stage))]
     if pending:
         exports = [stage_export(config, stage) for stage in pending]
         questions = _questions(config)
@@ -118,10 +118,11 @@ def _write(config: Config, export: StageExport, questions: Sequence[Question], r
         for number, question in enumerate(questions)
     ]
     results = {
+        "name": export.stage,
         "stage": export.stage,
         "checkpoint": str(export.checkpoint_dir),
         "reference": export.reference,
         "questions": content_hash([[vars(question) for question in questions], config.evaluation.max_new_tokens]),
         "num_questions": len(questions),
     }
-    write_results(config, export.stage, rows, results | summarize(rows))
+    write_results(evaluation_dir(config, export.stage), rows, results | summarize(rows))

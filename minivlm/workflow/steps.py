@@ -96,12 +96,12 @@ def evaluate(config: Config, parent: Run | None = None) -> Evaluation:
     check_tracking(config)
     stages = finished_stages(config)
     folders = evaluate_all(config, stages)
-    results = [read_results(config, stage) for stage in stages]
-    report = write_report(config, stages, folders[-1] / "report.html")
+    results = [read_results(folder) for folder in folders]
+    report = write_report(config, folders, folders[-1] / "report.html")
     with start_run(config, "evaluation", key=folders[-1].name, parent=parent) as run:
         for step, result in enumerate(results):
             run.log_metrics(result_metrics(result), step=step)
-        run.log_panel("samples", sample_rows(config, stages))
+        run.log_panel("samples", sample_rows(config, folders))
         run.log_artifact(report)
     return Evaluation(results_table(results), report)
 
@@ -110,7 +110,7 @@ def register(config: Config, parent: Run | None = None) -> PromotionResult:
     """Register the last stage's model with its card; `@champion` moves only if it is better on the test split."""
     check_tracking(config)
     stages = finished_stages(config)
-    results = [read_results(config, stage) for stage in stages]
+    results = [read_results(layout.evaluation_dir(config, stage)) for stage in stages]
     export_dir = finished_stage(config, stages[-1]).export_dir
     key = layout.run_dir(config, stages[-1]).name
     with start_run(config, "register", key=key, parent=parent) as run:

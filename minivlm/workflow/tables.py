@@ -1,12 +1,13 @@
 """Evaluation results as people see them: a table for the terminal, sample rows for the MLflow panel."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from minivlm.config import Config, StageName
+from minivlm.config import Config
 from minivlm.data.settings import image_limits
 from minivlm.evaluation.report import choose_samples, thumbnail_uri
-from minivlm.evaluation.results import read_rows
+from minivlm.evaluation.results import read_results, read_rows
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -25,9 +26,10 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sample_rows(config: Config, stages: Sequence[StageName]) -> list[dict[str, Any]]:
-    """Questions with pictures as data URIs, the truth, and each stage's answer; failures of the last stage first."""
-    rows = [read_rows(config, stage) for stage in stages]
+def sample_rows(config: Config, folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Questions with pictures as data URIs, the truth, and each checkpoint's answer; failures of the last one first."""
+    names = [read_results(folder)["name"] for folder in folders]
+    rows = [read_rows(folder) for folder in folders]
     limits = image_limits(config)
     return [
         {
@@ -35,7 +37,7 @@ def sample_rows(config: Config, stages: Sequence[StageName]) -> list[dict[str, A
             "pictures": [thumbnail_uri(path, limits) for path in rows[-1][index]["images"]],
             "question": rows[-1][index]["question"],
             "truth": rows[-1][index]["truth"],
-            **{stage: rows[i][index]["answer"] for i, stage in enumerate(stages)},
+            **{name: rows[i][index]["answer"] for i, name in enumerate(names)},
         }
         for index in choose_samples(rows[-1], config.evaluation.report_samples_per_task)
     ]

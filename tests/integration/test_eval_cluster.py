@@ -132,10 +132,10 @@ def _train(samples: list[Sample], tokenizer, cache: FeatureCache, table_dir: Pat
 def test_evaluation_scores_every_question_in_both_variants(toy: Config) -> None:
     folder = evaluate(toy, "sft")
     assert folder == evaluation_dir(toy, "sft")
-    results = read_results(toy, "sft")
+    results = read_results(folder)
     colour = results["tasks"]["colour"]
     assert (colour["n"], colour["shuffled_n"], results["caption"]["n"]) == (NUM_PICTURES, NUM_PICTURES, NUM_PICTURES)
-    rows = read_rows(toy, "sft")
+    rows = read_rows(folder)
     assert {row["answer"] for row in rows if row["task"] == "colour"} <= {"red", "blue"}
     assert colour["accuracy"] == sum(row["answer"] == row["truth"] for row in rows if row["task"] == "colour") / 24
     assert all(row["images"] != row["wrong_images"] for row in rows)
@@ -154,7 +154,7 @@ def test_answers_do_not_depend_on_the_batch_size(toy: Config) -> None:
     other = toy.model_copy(update={"evaluation": settings})
     evaluate_all(other, ["sft"])
     assert evaluation_dir(other, "sft") != evaluation_dir(toy, "sft")
-    assert read_rows(other, "sft") == read_rows(toy, "sft")
+    assert read_rows(evaluation_dir(other, "sft")) == read_rows(evaluation_dir(toy, "sft"))
 
 
 def test_missing_run_names_the_command(toy: Config) -> None:

@@ -29,11 +29,20 @@ def scored(
     return score_question(question, Reply(answer, (1, 2)), other, encode=lambda text: [1, 2], max_new_tokens=8)
 
 
-def save_evaluation(config: Config, stage: str, rows: list[ScoredRow], questions: str = "same") -> None:
+def save_evaluation(config: Config, stage: str, rows: list[ScoredRow], questions: str = "same") -> Path:
     folder = evaluation_dir(config, stage)
     write_bytes(folder / "samples.jsonl", "".join(json.dumps(to_json(row)) + "\n" for row in rows).encode())
-    head = {"stage": stage, "reference": "ab12", "questions": questions, "num_questions": len(rows)}
+    checkpoint = str(run_dir(config, stage) / "checkpoints" / "step=1")
+    head = {
+        "name": stage,
+        "stage": stage,
+        "checkpoint": checkpoint,
+        "reference": "ab12",
+        "questions": questions,
+        "num_questions": len(rows),
+    }
     write_json(folder / "results.json", head | summarize(rows))
+    return folder
 
 
 @pytest.fixture
@@ -50,8 +59,8 @@ def picture(tmp_path: Path) -> Path:
 
 def test_hostile_text_is_escaped(config: Config, picture: Path, tmp_path: Path) -> None:
     rows = [scored(0, "colour", HOSTILE, "red", picture), scored(1, "colour", "red", "red", picture)]
-    save_evaluation(config, "sft", rows)
-    page = write_report(config, ["sft"], tmp_path / "report.html").read_text()
+    folder = save_evaluation(config, "sft", rows)
+    page = write_report(config, [folder], tmp_path / "report.html").read_text()
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in page
     assert page.count("<script>") == 1
     assert "{{7*7}}" in page
@@ -60,36 +69,38 @@ def test_hostile_text_is_escaped(config: Config, picture: Path, tmp_path: Path) 
 
 
 def test_a_clean_report_has_no_address_at_all(config: Config, picture: Path, tmp_path: Path) -> None:
-    save_evaluation(config, "sft", [scored(0, "colour", "red", "red", picture)])
-    assert not re.search(r"https?:|//[a-z]", write_report(config, ["sft"], tmp_path / "r.html").read_text())
+    folder = save_evaluation(config, "sft", [scored(0, "colour", "red", "red", picture)])
+    assert not re.search(r"https?:|//[a-z]", write_report(config, [folder], tmp_path / "r.html").read_text())
 
 
 def test_answers_of_all_stages_stand_side_by_side(config: Config, picture: Path, tmp_path: Path) -> None:
-    save_evaluation(config, "sft", [scored(0, "colour", "green one", "red", picture)])
-    save_evaluation(config, "mpo", [scored(0, "colour", "red indeed", "red indeed", picture)])
+    folders = [
+        save_evaluation(config, "sft", [scored(0, "colour", "green one", "red", picture)]),
+        save_evaluation(config, "mpo", [scored(0, "colour", "red indeed", "red indeed", picture)]),
+    ]
     metrics = '{"step": 1, "train/loss": 4.0}\n{"step": 2, "train/loss": 2.0, "val/loss": 3.0}\n{"step": 3, "tra'
     write_bytes(run_dir(config, "sft") / "metrics.jsonl", metrics.encode())
-    page = write_report(config, ["sft", "mpo"], tmp_path / "r.html").read_text()
+    page = write_report(config, folders, tmp_path / "r.html").read_text()
     assert page.index("green one") < page.index("red indeed", page.index("green one"))
     assert "sft: loss" in page
     assert "mpo: loss" not in page
 
 
 def test_a_picture_that_is_gone_is_said_to_be(config: Config, tmp_path: Path) -> None:
-    save_evaluation(config, "sft", [scored(0, "colour", "red", "red", tmp_path / "gone.png")])
-    assert "picture gone" in write_report(config, ["sft"], tmp_path / "r.html").read_text()
+    folder = save_evaluation(config, "sft", [scored(0, "colour", "red", "red", tmp_path / "gone.png")])
+    assert "picture gone" in write_report(config, [folder], tmp_path / "r.html").read_text()
 
 
 def test_stages_with_other_questions_are_refused(config: Config, picture: Path, tmp_path: Path) -> None:
-    save_evaluation(config, "sft", [scored(0, "colour", "red", "red", picture)])
-    save_evaluation(config, "mpo", [scored(0, "colour", "red", "red", picture)], questions="other")
+    rows = [scored(0, "colour", "red", "red", picture)]
+    folders = [save_evaluation(config, "sft", rows), save_evaluation(config, "mpo", rows, questions="other")]
     with pytest.raises(ConfigError, match="different questions"):
-        write_report(config, ["sft", "mpo"], tmp_path / "r.html")
+        write_report(config, folders, tmp_path / "r.html")
 
 
 def test_missing_evaluation_names_the_command(config: Config, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"python -m jobs\.evaluate"):
-        write_report(config, ["sft"], tmp_path / "r.html")
+        write_report(config, [tmp_path], tmp_path / "r.html")
 
 
 def test_summary_hand_values(picture: Path) -> None:
