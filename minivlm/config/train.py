@@ -94,7 +94,10 @@ class StageConfig(Frozen):
 
 
 class MPOConfig(StageConfig):
-    """Third training stage: learn from chosen/rejected answer pairs (arXiv:2411.10442)."""
+    """Third training stage: learn from chosen/rejected answer pairs (arXiv:2411.10442).
+
+    The three weights are the paper's. With (1, 0, 0) the same code is DPO, with (0, 1, 0) BCO, with (0, 0, 1)
+    supervised training on the chosen answers; a term of weight 0 is still logged, but no part of the loss."""
 
     beta: PositiveFloat = 0.1
     """Pull towards the reference model. Unitless; larger = stay closer."""
@@ -198,6 +201,11 @@ def _stage_problem(key: str, stage: StageConfig, train: TrainConfig) -> str | No
     if stage.muon_learning_rate and train.offload != "none":
         return f"{key}.muon_learning_rate with train.offload was never run: type {key}.muon_learning_rate=0"
     if isinstance(stage, MPOConfig):
+        if not (stage.dpo_weight or stage.bco_weight or stage.sft_weight):
+            return (
+                f"{key}.dpo_weight, {key}.bco_weight and {key}.sft_weight are all 0, so there is nothing to learn: "
+                f"leave them out (0.8, 0.2, 1.0), or type {key}.dpo_weight=1 for DPO alone"
+            )
         settings = {"attention_dropout": stage.attention_dropout, "label_smoothing": stage.label_smoothing}
         settings |= {"lora.dropout": lora.dropout} if lora else {}
         if wrong := next((name for name, value in settings.items() if value), None):

@@ -4,7 +4,9 @@ None of them averages over pairs: the caller divides by the *global* count of th
 depend on how samples are split over workers, micro-batches or rows.
 """
 
-from dataclasses import dataclass
+import operator
+from dataclasses import astuple, dataclass
+from functools import reduce
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,19 +123,56 @@ def smoothed_likelihood(logps: Tensor, mean_logps: Tensor, *, smoothing: float) 
 
 @dataclass(frozen=True)
 class MPOWeights:
-    """Weights of the terms of MPO: L = dpo * L_p + bco * L_q + sft * L_g, all unitless."""
+    """Weights of the terms of MPO: L = dpo * L_p + bco * L_q + sft * L_g, all unitless.
+
+    (1, 0, 0) is DPO, (0, 1, 0) is BCO, (0, 0, 1) is supervised training on the chosen answers, (1, 0, 1) is DPO+.
+
+    Raises:
+        ValueError: all are 0.
+    """
 
     dpo: float = 0.8
     bco: float = 0.2
     sft: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not any(astuple(self)):
+            raise ValueError(f"all weights are 0, so there is no loss: {self}")
+
 
 def mpo_loss(dpo: Tensor, bco: Tensor, sft: Tensor, weights: MPOWeights) -> Tensor:
     """Mixed Preference Optimization: the weighted sum of its three terms (same shape in and out).
 
+    A term of weight 0 is left out of the sum: 0 * inf would be no number, in the loss or in its gradient.
+
     Source: Wang et al. 2024, arXiv:2411.10442, Eq. 2.
     """
-    return weights.dpo * dpo + weights.bco * bco + weights.sft * sft
+    weighted = ((weights.dpo, dpo), (weights.bco, bco), (weights.sft, sft))
+    return reduce(operator.add, [weight * term for weight, term in weighted if weight])
+
+
+def reference_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Terms whose mean estimates how far the policy has moved: KL(reference || policy), in nats per answer.
+
+    k3 = exp(d) - 1 - d with d = logps - ref_logps: never below 0, and 0 only where both agree. Its mean is unbiased
+    over answers that the *reference* sampled. Pairs are a right and a wrong one chosen from those, so this compares
+    steps and runs on the same pairs; over answers of another author it is no estimate of the divergence at all.
+
+    Args:
+        logps: [B] summed over answer tokens, in nats.
+        ref_logps: [B], the same under the reference model.
+
+    Returns:
+        [B] float64, in nats; inf where an answer became exp(709) times as likely.
+
+    Raises:
+        ValueError: shapes differ.
+
+    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html, the estimator k3.
+    """
+    _check_same_shape(logps=logps, ref_logps=ref_logps)
+    log_ratio = (logps - ref_logps).double()
+    return log_ratio.expm1() - log_ratio
 
 
 class RewardShift:

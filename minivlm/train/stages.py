@@ -21,6 +21,7 @@ from minivlm.train.losses import (
     generation_loss,
     implicit_rewards,
     mpo_loss,
+    reference_kl,
     smoothed_likelihood,
 )
 
@@ -133,6 +134,7 @@ def preference_loss(
         sft = generation_loss(chosen, lengths[0::2]).sum() / totals.pairs
     loss = mpo_loss(dpo, bco, sft, settings.weights) + token_logps.aux_loss * (chosen.numel() / totals.pairs)
     margins = chosen_rewards - rejected_rewards
+    kl = reference_kl(logps.detach(), reference)
     metrics = {
         "loss": loss,
         "loss/dpo": dpo,
@@ -144,13 +146,16 @@ def preference_loss(
         "rewards/accuracies": (margins > 0).to(margins.dtype).sum() / totals.pairs,
         "logps/chosen": chosen.sum() / totals.pairs,
         "logps/rejected": rejected.sum() / totals.pairs,
+        "length/chosen": lengths[0::2].sum() / totals.pairs,
+        "length/rejected": lengths[1::2].sum() / totals.pairs,
+        "kl": kl.sum() / (2 * totals.pairs),
     }
     return StageLoss(loss, {name: value.detach() for name, value in metrics.items()})
 
 
 MPO_METRICS = (
     *("loss", "loss/dpo", "loss/bco", "loss/sft", "rewards/chosen", "rewards/rejected", "rewards/margins"),
-    *("rewards/accuracies", "logps/chosen", "logps/rejected"),
+    *("rewards/accuracies", "logps/chosen", "logps/rejected", "length/chosen", "length/rejected", "kl"),
 )
 
 STAGES: dict[str, Stage] = {
