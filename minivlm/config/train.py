@@ -201,11 +201,6 @@ def _stage_problem(key: str, stage: StageConfig, train: TrainConfig) -> str | No
     if stage.muon_learning_rate and train.offload != "none":
         return f"{key}.muon_learning_rate with train.offload was never run: type {key}.muon_learning_rate=0"
     if isinstance(stage, MPOConfig):
-        if not (stage.dpo_weight or stage.bco_weight or stage.sft_weight):
-            return (
-                f"{key}.dpo_weight, {key}.bco_weight and {key}.sft_weight are all 0, so there is nothing to learn: "
-                f"leave them out (0.8, 0.2, 1.0), or type {key}.dpo_weight=1 for DPO alone"
-            )
         settings = {"attention_dropout": stage.attention_dropout, "label_smoothing": stage.label_smoothing}
         settings |= {"lora.dropout": lora.dropout} if lora else {}
         if wrong := next((name for name, value in settings.items() if value), None):
