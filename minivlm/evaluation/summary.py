@@ -1,6 +1,7 @@
 """From answers to scored rows, and from rows to the figures of one checkpoint. Pure functions.
 
-Captions are scored by tokens (how much of the reference is reproduced), everything else by right or wrong.
+How an answer is judged is the question's scorer (`minivlm.scoring.scorers`): of the test split by right or wrong, of
+captions by how many of the reference's tokens are reproduced.
 """
 
 from collections import defaultdict
@@ -9,8 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from minivlm.evaluation.tasks import CAPTION, Question
-from minivlm.scoring.answers import extract_answer, is_correct
-from minivlm.scoring.metrics import token_accuracy, token_f1
+from minivlm.scoring.scorers import CAPTION_TOKENS, SCORERS, Attempt, Verdict
 from minivlm.scoring.statistics import macro_interval, mean_interval
 
 
@@ -26,8 +26,9 @@ class Reply:
 class ScoredRow:
     """One question with its answers; a line of samples.jsonl.
 
-    `score` is 1 or 0, or the token accuracy of a caption. The shuffled fields are None where no other picture exists.
-    `cluster` joins rows about the same pictures. `cut` = the answer reached the length limit.
+    `score` lies in [0, 1] and is what `scorer` says, `metrics` are its further figures. The shuffled fields are None
+    where no other picture exists. `cluster` joins rows about the same pictures. `cut` = the answer reached the length
+    limit.
     """
 
     question_id: str
@@ -38,10 +39,16 @@ class ScoredRow:
     wrong_images: tuple[str, ...] | None
     question: str
     truth: str
+    truths: tuple[str, ...]
+    choices: tuple[str, ...]
+    scorer: str
+    group: str
+    source: str
     reference: str
     answer: str
     extracted: str | None
     score: float
+    metrics: dict[str, float]
     token_f1: float | None
     shuffled_answer: str | None
     shuffled_score: float | None
@@ -52,19 +59,21 @@ class ScoredRow:
 def score_question(
     question: Question, real: Reply, shuffled: Reply | None, *, encode: Callable[[str], list[int]], max_new_tokens: int
 ) -> ScoredRow:
-    """Compare the answers with the truth (a caption: with the reference, token by token).
+    """Judge the answers by the question's scorer.
 
     Args:
         encode: text -> token ids, as in training.
         max_new_tokens: the limit under which the answers were written.
     """
-    reference_ids = encode(question.reference) if question.task == CAPTION else []
+    reference_ids = tuple(encode(question.reference)) if question.scorer == CAPTION_TOKENS else ()
 
-    def score(reply: Reply) -> float:
-        if question.task == CAPTION:
-            return token_accuracy(reply.token_ids, reference_ids)
-        return float(is_correct(reply.text, question.truth))
+    def judge(reply: Reply) -> Verdict:
+        attempt = Attempt(
+            reply.text, question.accepted, question.choices, question.group, "", reply.token_ids, reference_ids
+        )
+        return SCORERS[question.scorer].judge(attempt)
 
+    verdict = judge(real)
     return ScoredRow(
         question_id=question.question_id,
         task=question.task,
@@ -74,13 +83,19 @@ def score_question(
         wrong_images=question.wrong_images,
         question="\n".join(message.content for message in question.messages),
         truth=question.truth,
+        truths=question.accepted,
+        choices=question.choices,
+        scorer=question.scorer,
+        group=question.group,
+        source=question.source,
         reference=question.reference,
         answer=real.text,
-        extracted=extract_answer(real.text),
-        score=score(real),
-        token_f1=token_f1(real.token_ids, reference_ids) if question.task == CAPTION else None,
+        extracted=verdict.extracted,
+        score=verdict.score,
+        metrics=dict(verdict.metrics),
+        token_f1=verdict.metrics.get("token_f1"),
         shuffled_answer=shuffled.text if shuffled else None,
-        shuffled_score=score(shuffled) if shuffled else None,
+        shuffled_score=judge(shuffled).score if shuffled else None,
         empty=not real.text.strip(),
         cut=len(real.token_ids) >= max_new_tokens,
     )
@@ -122,14 +137,31 @@ def _figures(rows: Sequence[ScoredRow], name: str) -> dict[str, Any]:
     return {
         "n": len(rows),
         "num_images": len({row.cluster for row in rows}),
+        "measure": _measure(rows),
         name: mean,
         "low": low,
         "high": high,
         "shuffled": sum(wrong) / len(wrong) if wrong else None,
         "shuffled_n": len(wrong),
+        "metrics": _metrics(rows),
         "num_empty": sum(row.empty for row in rows),
         "num_cut": sum(row.cut for row in rows),
     }
+
+
+def _measure(rows: Sequence[ScoredRow]) -> str:
+    """What the mean of the scores is; `score` where it differs between rows."""
+    measures = {SCORERS[row.scorer].measure for row in rows}
+    return measures.pop() if len(measures) == 1 else "score"
+
+
+def _metrics(rows: Sequence[ScoredRow]) -> dict[str, float]:
+    """Further figures of rows that share a scorer; none of a slice through several."""
+    scorers = {row.scorer for row in rows}
+    if len(scorers) > 1:
+        return {}
+    attempts = [Attempt(row.answer, row.truths, row.choices, row.group, row.cluster) for row in rows]
+    return SCORERS[scorers.pop()].total(attempts, [Verdict(row.score, row.extracted, row.metrics) for row in rows])
 
 
 def _caption_figures(rows: Sequence[ScoredRow]) -> dict[str, Any]:

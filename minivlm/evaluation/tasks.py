@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from minivlm.schema import Message, Sample
+from minivlm.scoring.scorers import CAPTION_TOKENS, SHORT_ANSWER
 
 CAPTION = "caption"
 """The task scored by tokens instead of by right or wrong."""
@@ -21,6 +22,9 @@ class Question:
 
     `messages` ends with the user turn. `reference` is the assistant turn of the data, `truth` the short answer.
     `wrong_images` / `wrong_sha256` replace the pictures in the shuffled variant; None where there is no other picture.
+    `scorer` is a name of `minivlm.scoring.scorers`; `truths` are all accepted answers, the first being `truth`;
+    `choices` the options of a multiple choice; `group` what figures are also given by (a category, MME's picture);
+    `source` the benchmark, empty for the test split.
     """
 
     question_id: str
@@ -31,8 +35,18 @@ class Question:
     messages: tuple[Message, ...]
     reference: str
     truth: str
+    scorer: str = SHORT_ANSWER
+    truths: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    group: str = ""
+    source: str = ""
     wrong_images: tuple[str, ...] | None = None
     wrong_sha256: tuple[str, ...] | None = None
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All accepted answers."""
+        return self.truths or (self.truth,)
 
 
 def select_questions(samples: Iterable[Sample], *, max_per_task: int | None, seed: int) -> list[Question]:
@@ -63,6 +77,7 @@ def select_questions(samples: Iterable[Sample], *, max_per_task: int | None, see
             messages=prompt,
             reference=reference,
             truth=sample.answer if sample.answer is not None else reference,
+            scorer=CAPTION_TOKENS if sample.task == CAPTION else SHORT_ANSWER,
         )
         by_task[sample.task].setdefault((sample.image_sha256, prompt), question)
     chosen: list[Question] = []

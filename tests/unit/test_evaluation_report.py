@@ -24,7 +24,8 @@ def scored(
 ) -> ScoredRow:
     messages = (Message("user", "<image>\nWhich colour?"),)
     images, digests = (str(picture),), (f"{number:064}",)
-    question = Question(f"q{number}", task, "en", images, digests, messages, truth, truth)
+    scorer = "caption_tokens" if task == "caption" else "short_answer"
+    question = Question(f"q{number}", task, "en", images, digests, messages, truth, truth, scorer)
     other = Reply(shuffled, (1,)) if shuffled is not None else None
     return score_question(question, Reply(answer, (1, 2)), other, encode=lambda text: [1, 2], max_new_tokens=8)
 
