@@ -20,7 +20,7 @@ _CHINESE_DIGITS = {char: value for value, char in enumerate("零一二三四五�
 _CHINESE_WORDS = {"是的": "是", "不是": "否", "对": "是", "不对": "否"}
 _EDGE = " \t\r\n.,;:!?。，、；：！？()[]{}\"'`*$“”‘’「」"
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\w)")
-_COUNT_WITH_CLASSIFIER = re.compile(r"^(\d+|[零〇一二两三四五六七八九十]{1,3})[个只块张]?$")
+_COUNT_WITH_CLASSIFIER = re.compile(r"^(\d{1,40}|[零〇一二两三四五六七八九十]{1,3})[个只块张]?$")
 _POLAR = {"yes", "no"}
 
 

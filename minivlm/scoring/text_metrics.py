@@ -115,6 +115,7 @@ def edit_distance(left: str, right: str) -> int:
     """
     if not left or not right:
         return len(left) + len(right)
+    left, right = sorted((left, right), key=len)
     places: dict[str, int] = {}
     for place, char in enumerate(left):
         places[char] = places.get(char, 0) | 1 << place

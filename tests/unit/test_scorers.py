@@ -95,3 +95,24 @@ def test_captions_are_scored_by_tokens() -> None:
     assert (row.score, row.metrics, row.token_f1) == (0.5, {"token_f1": 0.5}, 0.5)
     assert to_json(row)["metrics"] == {"token_f1": 0.5}
     assert summarize([row])["caption"]["measure"] == "token_accuracy"
+
+
+def test_captions_of_the_miniworld_show_hallucinated_objects() -> None:
+    truth = "a1 small red ring, b2 large blue cross"
+    answers = ["a1 small red ring, b2 large green cross, c3 small red ring", "nothing"]
+    rows = [judged(question(i, "caption", truth, scorer="caption_tokens"), text) for i, text in enumerate(answers)]
+    metrics = summarize(rows)["caption"]["metrics"]
+    # three mentions, the green cross is not there; one of two captions; one of four objects named
+    assert metrics == {"chair_i": 1 / 3, "chair_s": 1 / 2, "chair_recall": 1 / 4}
+
+
+def test_coco_captions_have_figures_of_the_whole_set() -> None:
+    truths = {"a dog on a bench": ("a dog sits on a bench", "dog"), "a cat": ("a cat sleeps on a red couch",)}
+    rows = [
+        judged(question(i, "coco_captions", refs[0], truths=refs, scorer="captions"), text)
+        for i, (text, refs) in enumerate(truths.items())
+    ]
+    figures = summarize(rows)["tasks"]["coco_captions"]
+    assert figures["measure"] == "rouge_l"
+    assert set(figures["metrics"]) == {"cider", "bleu_4", "chair_i", "chair_s", "chair_recall"}
+    assert (figures["metrics"]["chair_i"], figures["metrics"]["chair_recall"]) == (0.0, 3 / 4)
