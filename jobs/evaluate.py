@@ -1,6 +1,12 @@
 """Answer the held-out questions with each finished stage's model and write metrics and an HTML report.
 
+A killed job continues behind the finished batches when the same command is typed again.
+
 ray job submit --working-dir . -- python -m jobs.evaluate --config configs/tiny.yaml
+
+One more model side by side: python -m jobs.evaluate evaluation.exports.base=/models/base
+
+Asked in further ways: python -m jobs.evaluate "evaluation.variants=[shuffled,no_image,direct,cot]"
 """
 
 from pathlib import Path

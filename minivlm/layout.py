@@ -6,12 +6,13 @@
     tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
     clip_scores/F             how well rows' texts fit their pictures, where asked
     runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
-    evaluations/STAGE-H       answers, metrics, report             mlflow/      tracking database and artifacts
+    evaluations/NAME-H        answers, metrics, report             mlflow/      tracking database and artifacts
 
 So a job finds its input without being told, the same command twice is one piece of work, and an override that
 matters (in a Tune trial, say) gets a place of its own.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,16 @@ def pairs_dir(config: Config) -> Path:
     return config.root / "pairs" / content_hash(_pairs_key(config))
 
 
-def evaluation_dir(config: Config, stage: StageName) -> Path:
-    """Answers and metrics of one stage's checkpoint on the test split."""
-    key = [_run_key(config, stage), _values(config.evaluation)]
-    return config.root / "evaluations" / f"{stage}-{content_hash(key)}"
+def evaluation_dir(config: Config, name: str, reference: str) -> Path:
+    """Answers and metrics of one export on the test split.
+
+    Args:
+        name: what readers see; characters that a path should not hold become `-`.
+        reference: stands for the export's content.
+    """
+    answers = config.evaluation.model_dump(mode="json", exclude=_SHOWING)
+    key = [name, reference, config.seed, _data_key(config), _tower_key(config), answers]
+    return config.root / "evaluations" / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name)}-{content_hash(key)}"
 
 
 def mlflow_dir(config: Config) -> Path:
@@ -114,6 +121,12 @@ def _location_key(location: str) -> list[Any]:
     found = [(file, file.stat()) for file in files if file.is_file()]
     return [str(path), [[str(file), status.st_size, status.st_mtime_ns] for file, status in found]]
 
+
+_SHOWING = {
+    *("num_actors", "cpus_per_actor", "gpus_per_actor", "threads_per_actor"),
+    *("exports", "baseline", "report_samples_per_task"),
+}
+"""Settings of an evaluation that change neither a question nor an answer."""
 
 FORMAT = 4
 """Raised when the same settings draw other scenes, validate otherwise or train another tokenizer."""

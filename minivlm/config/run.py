@@ -1,5 +1,6 @@
 """Settings of what surrounds training: evaluation, search, tracking, serving, the cluster."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
@@ -7,12 +8,18 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from minivlm.config.base import Frozen
 from minivlm.config.model import ProjectorKind
 
+Variant = Literal["shuffled", "no_image", "direct", "cot"]
+
 
 class EvaluationConfig(Frozen):
     """Held-out questions, answered greedily."""
 
     max_new_tokens: PositiveInt = 96
+    """Longest answer, in tokens; one that reaches it is counted as cut."""
+
     batch_size: PositiveInt = 256
+    """Answers decoded together by one actor. One batch is what a killed evaluation loses at most per actor."""
+
     num_actors: PositiveInt = 1
     """Generation actors, for evaluation and for preference sampling."""
 
@@ -22,6 +29,19 @@ class EvaluationConfig(Frozen):
     """torch threads of one generation or encoder actor."""
 
     max_questions_per_task: PositiveInt | None = None
+    """Ask a seeded choice of so many; default: all."""
+
+    variants: tuple[Variant, ...] = ("shuffled",)
+    """Further ways in which each question is asked, beside the plain one; each costs as much time as that one.
+
+    shuffled: with the pictures of another question of the task. no_image: without its pictures and their placeholders.
+    direct: a request for a chain of thought is replaced by one for a short answer. cot: the reverse, in the question's
+    language. Questions to which a variant does not apply are left out of it and counted with the reason."""
+
+    exports: dict[str, Path] = Field(default_factory=dict)
+    """Further models that answer the same questions, beside the finished stages: name -> folder of an export. Their
+    vision tower must be the one of this configuration."""
+
     report_samples_per_task: PositiveInt = 12
     """Questions per task shown in the report with their picture."""
 

@@ -126,7 +126,7 @@ def _sample(index: int, rows: Sequence[Sequence[dict[str, Any]]], limits: ImageL
         "truth": last["truth"],
         "pictures": [thumbnail_uri(path, limits) for path in last["images"]],
         "answers": [
-            {"text": row["answer"], "score": row["score"], "shuffled": row["shuffled_answer"], "cut": row["cut"]}
+            {"text": row["answer"], "score": row["score"], "variants": row["variants"], "cut": row["cut"]}
             for row in (stage_rows[index] for stage_rows in rows)
         ],
         "failed": last["score"] < 1,

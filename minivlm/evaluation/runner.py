@@ -1,27 +1,33 @@
-"""Ask a stage's checkpoint the held-out questions, with the right and with shuffled pictures, in one Ray Data job.
+"""Ask models the held-out questions, as they are and in the variants, in one Ray Data job.
 
-Called by the evaluate job and the pipeline. Several stages share one job, so the actors start once. What it writes:
+Called by the evaluate job, the pipeline and the ablation. Several models share one job, so the actors start once. What
+it writes:
 
-    evaluations/STAGE-H/samples.jsonl   one line per question: prompt, truth, answers, scores
-    evaluations/STAGE-H/results.json    the figures; written last, so that it exists only when all is complete
+    evaluations/NAME-H/answers/00000.json   one decoding batch; a killed job continues behind the finished ones
+    evaluations/NAME-H/samples.jsonl        one line per question: prompt, truth, answers, scores
+    evaluations/NAME-H/results.json         the figures; written last, so that it exists only when all is complete
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from minivlm.config import Config, StageName
+from minivlm.config import Config, ConfigError, StageName
 from minivlm.data.errors import DataError
+from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import prepare_features
 from minivlm.data.samples import load_samples
 from minivlm.evaluation.results import is_evaluated, write_results
 from minivlm.evaluation.summary import Reply, ScoredRow, score_question, summarize
 from minivlm.evaluation.tasks import Question, select_questions
+from minivlm.evaluation.variants import REAL, Variants, ask_all
 from minivlm.inference.actors import Decoding
+from minivlm.inference.committed import Work, finish_answers
 from minivlm.inference.exports import StageExport, stage_export
-from minivlm.inference.jobs import Request, answer_blocks, make_blocks
+from minivlm.inference.jobs import Answer, Request, answer_blocks
 from minivlm.layout import evaluation_dir, samples_dir, tower_path
-from minivlm.log import Progress, get_logger
+from minivlm.log import get_logger
+from minivlm.model.export import load_export_tower
 from minivlm.model.tokenizer import encode_text, load_tokenizer
 from minivlm.storage import content_hash
 
@@ -29,32 +35,37 @@ _log = get_logger(__name__)
 
 
 def evaluate(config: Config, stage: StageName) -> Path:
-    """`evaluate_all` for one stage."""
-    return evaluate_all(config, [stage])[0]
+    """`evaluate_exports` for one stage."""
+    return evaluate_exports(config, [stage_export(config, stage)])[0]
 
 
-def evaluate_all(config: Config, stages: Sequence[StageName]) -> list[Path]:
-    """Evaluate finished stages that were not evaluated yet; greedy, so the same result every time.
+def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Path]:
+    """Evaluate those that were not evaluated yet, side by side; greedy, so the same result every time.
 
     Returns:
-        The evaluation folder of each stage, in the order asked.
+        The evaluation folder of each export, in the order given.
 
     Raises:
-        FileNotFoundError: a stage has no finished run.
+        ConfigError: two exports of one name, or one that sees through another vision tower.
         DataError: no test question.
         RuntimeError: a question came back without an answer (nothing is scored then).
     """
-    pending = [stage for stage in stages if not is_evaluated(evaluation_dir(config, stage))]
+    names = [export.name for export in exports]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two models are called `{twice[0]}`: give evaluation.exports.{twice[0]} another name")
+    folders = [evaluation_dir(config, export.name, export.reference) for export in exports]
+    pending = [(export, folder) for export, folder in zip(exports, folders, strict=True) if not is_evaluated(folder)]
     if pending:
-        exports = [stage_export(config, stage) for stage in pending]
         questions = _questions(config)
+        variants = ask_all(questions, config.evaluation.variants)
         started = time.monotonic()
-        replies = _run(config, exports, questions)
+        found = _answer(config, pending, questions, variants)
         seconds = time.monotonic() - started
-        for export in exports:
-            _write(config, export, questions, replies)
-        _log.info("%d answers of %d checkpoint(s) in %.1f s", len(replies), len(exports), seconds)
-    return [evaluation_dir(config, stage) for stage in stages]
+        for (export, folder), answers in zip(pending, found, strict=True):
+            _write(config, export, folder, questions, variants, answers)
+        total = sum(len(answers) for answers in found)
+        _log.info("%d answers of %d checkpoint(s) in %.1f s", total, len(pending), seconds)
+    return folders
 
 
 def _questions(config: Config) -> list[Question]:
@@ -69,60 +80,80 @@ def _questions(config: Config) -> list[Question]:
     return questions
 
 
-def _run(config: Config, exports: Sequence[StageExport], questions: Sequence[Question]) -> dict[str, Reply]:
-    """Replies by row id STAGE/VARIANT/NUMBER."""
-    requests = [request for export in exports for request in _requests(export, questions)]
-    blocks = make_blocks(requests, config.evaluation.batch_size)
+def _answer(
+    config: Config, pending: Sequence[tuple[StageExport, Path]], questions: Sequence[Question], variants: Variants
+) -> list[dict[str, Answer]]:
+    """Answers of each pending export by row id VARIANT/NUMBER."""
     decoding = Decoding(max_new_tokens=config.evaluation.max_new_tokens)
-    shown = {digest for request in requests for digest in request.image_sha256}
-    features = prepare_features(config, tower_path(config), shown).directory
-    replies: dict[str, Reply] = {}
-    with Progress(len(requests), "evaluate") as progress:
-        for answers in answer_blocks(blocks, features_dir=features, decoding=decoding, pool=config.evaluation):
-            replies |= {answer.row_id: Reply(answer.text, answer.token_ids) for answer in answers}
-            progress.update(len(answers))
-    missing = [request.row_id for request in requests if request.row_id not in replies]
-    if missing:
-        raise RuntimeError(f"{len(missing)} of {len(requests)} answers are missing, first {missing[0]}: run again")
-    return replies
+    works = [
+        Work(folder / "answers", export.reference, _requests(export, questions, variants)) for export, folder in pending
+    ]
+
+    def answer(blocks: Sequence[Sequence[Request]]) -> Iterator[list[Answer]]:
+        shown = {digest for block in blocks for request in block for digest in request.image_sha256}
+        features = prepare_features(config, tower_path(config), shown)
+        for export, _ in pending:
+            _check_tower(config, export, features)
+        return answer_blocks(blocks, features_dir=features.directory, decoding=decoding, pool=config.evaluation)
+
+    size = config.evaluation.batch_size
+    return finish_answers(works, answer, decoding=decoding, batch_size=size, title="evaluate")
 
 
-def _requests(export: StageExport, questions: Sequence[Question]) -> list[Request]:
-    requests = []
-    for number, question in enumerate(questions):
-        pictures = {"real": question.image_sha256, "shuffled": question.wrong_sha256}
-        requests += [
-            Request(
-                row_id=f"{export.stage}/{variant}/{number}",
-                export_dir=export.export_dir,
-                messages=question.messages,
-                image_sha256=digests,
-                weight=len(question.reference) // 16,
-            )
-            for variant, digests in pictures.items()
-            if digests is not None
-        ]
-    return requests
+def _requests(export: StageExport, questions: Sequence[Question], variants: Variants) -> list[Request]:
+    return [
+        Request(
+            row_id=f"{variant}/{number}",
+            export_dir=export.export_dir,
+            messages=way.messages,
+            image_sha256=way.image_sha256,
+            weight=len(questions[number].reference) // 16,
+        )
+        for variant, ways in variants.asked.items()
+        for number, way in ways.items()
+    ]
 
 
-def _write(config: Config, export: StageExport, questions: Sequence[Question], replies: dict[str, Reply]) -> None:
+def _check_tower(config: Config, export: StageExport, features: FeatureCache) -> None:
+    """A folder that no stage of this configuration made must see what the feature cache holds."""
+    if export.stage is not None:
+        return
+    clip = config.clip
+    tower = load_export_tower(export.export_dir, precision=clip.encode_precision, batch_size=clip.encode_batch_size)
+    if tower.fingerprint != features.fingerprint:
+        raise ConfigError(
+            f"evaluation.exports.{export.name}: {export.export_dir} sees through another vision tower "
+            f"({tower.fingerprint}) than this configuration ({features.fingerprint}). Evaluate it with clip.path and "
+            "clip.feature_layer as it was trained with"
+        )
+
+
+def _write(
+    config: Config,
+    export: StageExport,
+    folder: Path,
+    questions: Sequence[Question],
+    variants: Variants,
+    answers: Mapping[str, Answer],
+) -> None:
     tokenizer = load_tokenizer(str(export.export_dir))
+    replies = {row_id: Reply(answer.text, answer.token_ids) for row_id, answer in answers.items()}
     rows: list[ScoredRow] = [
         score_question(
             question,
-            replies[f"{export.stage}/real/{number}"],
-            replies.get(f"{export.stage}/shuffled/{number}"),
+            replies[f"{REAL}/{number}"],
+            {name: replies[f"{name}/{number}"] for name in variants.skipped if number in variants.asked[name]},
             encode=lambda text: encode_text(tokenizer, text),
             max_new_tokens=config.evaluation.max_new_tokens,
         )
         for number, question in enumerate(questions)
     ]
     results = {
-        "name": export.stage,
+        "name": export.name,
         "stage": export.stage,
         "checkpoint": str(export.checkpoint_dir),
         "reference": export.reference,
         "questions": content_hash([[vars(question) for question in questions], config.evaluation.max_new_tokens]),
         "num_questions": len(questions),
     }
-    write_results(evaluation_dir(config, export.stage), rows, results | summarize(rows))
+    write_results(folder, rows, results | summarize(rows, variants.skipped))

@@ -4,14 +4,15 @@ How an answer is judged is the question's scorer (`minivlm.scoring.scorers`): of
 captions by how many of the reference's tokens are reproduced.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from minivlm.evaluation.tasks import CAPTION, Question
 from minivlm.scoring.scorers import CAPTION_TOKENS, SCORERS, Attempt, Verdict
-from minivlm.scoring.statistics import macro_interval, mean_interval
+from minivlm.scoring.statistics import macro_interval, mean_interval, smallest_difference, standard_error
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Reply:
 class ScoredRow:
     """One question with its answers; a line of samples.jsonl.
 
-    `score` lies in [0, 1] and is what `scorer` says, `metrics` are its further figures. The shuffled fields are None
-    where no other picture exists. `cluster` joins rows about the same pictures. `cut` = the answer reached the length
-    limit.
+    `score` lies in [0, 1] and is what `scorer` says, `metrics` are its further figures. `variants` has {answer,
+    extracted, score} of each variant that suits the question. `cluster` joins rows about the same pictures. `cut` = the
+    answer reached the length limit.
     """
 
     question_id: str
@@ -50,18 +51,23 @@ class ScoredRow:
     score: float
     metrics: dict[str, float]
     token_f1: float | None
-    shuffled_answer: str | None
-    shuffled_score: float | None
+    variants: dict[str, dict[str, Any]]
     empty: bool
     cut: bool
 
 
 def score_question(
-    question: Question, real: Reply, shuffled: Reply | None, *, encode: Callable[[str], list[int]], max_new_tokens: int
+    question: Question,
+    real: Reply,
+    variants: Mapping[str, Reply],
+    *,
+    encode: Callable[[str], list[int]],
+    max_new_tokens: int,
 ) -> ScoredRow:
     """Judge the answers by the question's scorer.
 
     Args:
+        variants: what was written to the question's variants.
         encode: text -> token ids, as in training.
         max_new_tokens: the limit under which the answers were written.
     """
@@ -94,18 +100,26 @@ def score_question(
         score=verdict.score,
         metrics=dict(verdict.metrics),
         token_f1=verdict.metrics.get("token_f1"),
-        shuffled_answer=shuffled.text if shuffled else None,
-        shuffled_score=judge(shuffled).score if shuffled else None,
+        variants={name: _variant_row(reply, judge(reply)) for name, reply in variants.items()},
         empty=not real.text.strip(),
         cut=len(real.token_ids) >= max_new_tokens,
     )
 
 
-def summarize(rows: Sequence[ScoredRow]) -> dict[str, Any]:
+def _variant_row(reply: Reply, verdict: Verdict) -> dict[str, Any]:
+    return {"answer": reply.text, "extracted": verdict.extracted, "score": verdict.score}
+
+
+def summarize(rows: Sequence[ScoredRow], skipped: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Any]:
     """Figures per task, their macro means over all tasks but caption, captions, and slices by language.
 
-    Intervals are 95 %, clustered by pictures. `n` is what was asked, `shuffled_n` what could also be asked with other
-    pictures; a figure of nothing is None.
+    Intervals are 95 %, clustered by pictures; `error` is the clustered standard error, `minimum_difference` what a
+    second run with independent mistakes would have to differ by to be told apart (80 % power, 5 % level). A figure of
+    nothing is None. `variants` has each variant's macro mean over the tasks that it was asked of, how many questions
+    that were, and what it left out.
+
+    Args:
+        skipped: variant -> task -> reason -> questions that it was not asked of.
     """
     by_task: defaultdict[str, list[ScoredRow]] = defaultdict(list)
     by_language: defaultdict[str, list[ScoredRow]] = defaultdict(list)
@@ -115,11 +129,20 @@ def summarize(rows: Sequence[ScoredRow]) -> dict[str, Any]:
             by_language[row.language].append(row)
     captions = by_task.pop(CAPTION, [])
     macro, low, high = _macro(by_task)
+    variants = {
+        name: {
+            "macro": _variant_macro(by_task, name),
+            "n": sum(name in row.variants for row in rows),
+            "skipped": reasons,
+        }
+        for name, reasons in skipped.items()
+    }
     return {
         "macro": macro,
         "macro_low": low,
         "macro_high": high,
-        "shuffled_macro": _shuffled_macro(by_task),
+        "shuffled_macro": _variant_macro(by_task, "shuffled"),
+        "variants": variants,
         "tasks": {task: _figures(group, "accuracy") for task, group in sorted(by_task.items())},
         "caption": _caption_figures(captions) if captions else None,
         "languages": {language: _figures(group, "accuracy") for language, group in sorted(by_language.items())},
@@ -132,21 +155,29 @@ def to_json(row: ScoredRow) -> dict[str, Any]:
 
 
 def _figures(rows: Sequence[ScoredRow], name: str) -> dict[str, Any]:
-    mean, low, high = mean_interval([row.score for row in rows], [row.cluster for row in rows])
-    wrong = [row.shuffled_score for row in rows if row.shuffled_score is not None]
+    scores, clusters = [row.score for row in rows], [row.cluster for row in rows]
+    mean, low, high = mean_interval(scores, clusters)
+    error = standard_error(scores, clusters)
     return {
         "n": len(rows),
-        "num_images": len({row.cluster for row in rows}),
+        "num_images": len(set(clusters)),
         "measure": _measure(rows),
         name: mean,
         "low": low,
         "high": high,
-        "shuffled": sum(wrong) / len(wrong) if wrong else None,
-        "shuffled_n": len(wrong),
+        "error": error,
+        "minimum_difference": smallest_difference(math.sqrt(2) * error),
+        "variants": {variant: _variant(rows, variant) for variant in {v: None for row in rows for v in row.variants}},
         "metrics": _metrics(rows),
         "num_empty": sum(row.empty for row in rows),
         "num_cut": sum(row.cut for row in rows),
     }
+
+
+def _variant(rows: Sequence[ScoredRow], name: str) -> dict[str, Any]:
+    asked = [row for row in rows if name in row.variants]
+    mean, low, high = mean_interval([row.variants[name]["score"] for row in asked], [row.cluster for row in asked])
+    return {"accuracy": mean, "n": len(asked), "low": low, "high": high}
 
 
 def _measure(rows: Sequence[ScoredRow]) -> str:
@@ -177,11 +208,8 @@ def _macro(by_task: dict[str, list[ScoredRow]]) -> tuple[float | None, float | N
     return macro_interval(scores, {task: [row.cluster for row in rows] for task, rows in by_task.items()})
 
 
-def _shuffled_macro(by_task: dict[str, list[ScoredRow]]) -> float | None:
-    """Over the tasks that have a shuffled variant."""
-    means = []
-    for rows in by_task.values():
-        scores = [row.shuffled_score for row in rows if row.shuffled_score is not None]
-        if scores:
-            means.append(sum(scores) / len(scores))
+def _variant_macro(by_task: dict[str, list[ScoredRow]], name: str) -> float | None:
+    """Over the tasks that the variant was asked of."""
+    scores = [[row.variants[name]["score"] for row in rows if name in row.variants] for rows in by_task.values()]
+    means = [sum(values) / len(values) for values in scores if values]
     return sum(means) / len(means) if means else None

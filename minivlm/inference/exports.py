@@ -1,19 +1,28 @@
-"""The inference export of a finished training stage. Evaluation and preference sampling start here."""
+"""Models that answer: the export of a finished training stage, or any export folder under a name.
 
+Evaluation and preference sampling start here.
+"""
+
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from minivlm.config import Config, StageName
+from minivlm.config import Config, ConfigError, StageName
 from minivlm.layout import run_dir
 from minivlm.storage import file_sha256
 
 
 @dataclass(frozen=True)
 class StageExport:
-    """Last checkpoint of a stage. `reference` = first 16 hex digits of its manifest's sha256, hence of every weight."""
+    """An export and the name that readers see. `reference` = 16 hex digits that stand for every weight and setting.
 
-    stage: StageName
+    Of a stage it is the last checkpoint and `reference` begins its manifest's sha256. Of a folder that no stage made,
+    `stage` is None, `checkpoint_dir` the folder itself, and `reference` begins the sha256 of its files' digests.
+    """
+
+    name: str
+    stage: StageName | None
     checkpoint_dir: Path
     export_dir: Path
     reference: str
@@ -39,4 +48,23 @@ def stage_export(config: Config, stage: StageName) -> StageExport:
             f"{path} names the checkpoint {checkpoint_dir}, which is incomplete or gone. "
             f"Delete {path} and run: python -m jobs.train {stage}"
         )
-    return StageExport(stage, checkpoint_dir, export_dir, file_sha256(manifest)[:16])
+    return StageExport(stage, stage, checkpoint_dir, export_dir, file_sha256(manifest)[:16])
+
+
+def folder_export(name: str, folder: Path) -> StageExport:
+    """Any export folder, as `jobs.export` and every checkpoint hold one.
+
+    Raises:
+        ConfigError: no name, or no such folder.
+    """
+    folder = folder.expanduser().resolve()
+    if not name.strip():
+        raise ConfigError(f"the export {folder} needs a name: type evaluation.exports.NAME={folder}")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"evaluation.exports.{name}: {folder} holds no export (no config.json). Write one: "
+            "python -m jobs.export sft FOLDER"
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files]
+    return StageExport(name, None, folder, folder, hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16])

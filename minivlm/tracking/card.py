@@ -36,24 +36,26 @@ export, tower = load_export(FOLDER), load_export_tower(FOLDER, batch_size=1)
 
 
 def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of one results.json as metrics: `eval/TASK/accuracy`, `.../shuffled`, and the macro means.
+    """Figures of one results.json as metrics: `eval/TASK/accuracy`, `eval/TASK/VARIANT`, and the macro means.
 
     The gate's `eval/macro/accuracy` is the mean over all tasks but caption; where captions are all there is, their
     token accuracy. A figure of nothing (None) is left out.
     """
-    metrics: dict[str, float | None] = {
-        GATE_METRIC: results["macro"],
-        "eval/macro/shuffled": results["shuffled_macro"],
-    }
+    metrics: dict[str, float | None] = {GATE_METRIC: results["macro"]}
+    metrics |= {f"eval/macro/{name}": figures["macro"] for name, figures in results["variants"].items()}
     for task, figures in results["tasks"].items():
         metrics[f"eval/{task}/accuracy"] = figures["accuracy"]
-        metrics[f"eval/{task}/shuffled"] = figures["shuffled"]
+        metrics |= _variant_metrics(task, figures)
     if caption := results["caption"]:
         metrics["eval/caption/token_accuracy"] = caption["token_accuracy"]
-        metrics["eval/caption/shuffled"] = caption["shuffled"]
+        metrics |= _variant_metrics("caption", caption)
         if results["macro"] is None:
             metrics[GATE_METRIC] = caption["token_accuracy"]
     return {key: float(value) for key, value in metrics.items() if value is not None}
+
+
+def _variant_metrics(task: str, figures: Mapping[str, Any]) -> dict[str, float]:
+    return {f"eval/{task}/{name}": variant["accuracy"] for name, variant in figures["variants"].items()}
 
 
 def model_card(config: Config, results: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +80,7 @@ def model_card(config: Config, results: Sequence[Mapping[str, Any]]) -> str:
 
 A small vision-language model: vision tower ({config.clip.path or "trained on the same pairs"}, frozen),
 `{config.model.projector}` projector, {language.path or f"{language.architecture} language model trained from scratch"}.
-It is the model after the `{final["stage"]}` stage, {layout_text}.
+It is the model after the `{final["name"]}` stage, {layout_text}.
 
 ## Data
 Trained on {data}. Rows: `{layout.samples_dir(config).name}`, seed {config.seed}.
@@ -119,7 +121,7 @@ def _recipe(config: Config) -> str:
 
 
 def _table(results: Sequence[Mapping[str, Any]]) -> str:
-    header = "| task | questions | " + " | ".join(f"{r['stage']} | shuffled" for r in results) + " |"
+    header = "| task | questions | " + " | ".join(f"{r['name']} | shuffled" for r in results) + " |"
     rows = [header, "|---" * (2 + 2 * len(results)) + "|"]
     for task in results[-1]["tasks"]:
         figures = [result["tasks"].get(task) for result in results]
@@ -139,7 +141,8 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cells(figures: Mapping[str, Any], name: str) -> str:
-    return f"{_figure(figures[name], figures['low'], figures['high'])} | {_percent(figures['shuffled'])}"
+    shuffled = figures["variants"].get("shuffled", {}).get("accuracy")
+    return f"{_figure(figures[name], figures['low'], figures['high'])} | {_percent(shuffled)}"
 
 
 def _figure(mean: float | None, low: float | None, high: float | None) -> str:

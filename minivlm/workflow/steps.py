@@ -13,7 +13,8 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import draw_rows, drawn_stages, prepare_features, prepare_samples, prepare_tokenizer
 from minivlm.evaluation.report import write_report
 from minivlm.evaluation.results import read_results
-from minivlm.evaluation.runner import evaluate_all
+from minivlm.evaluation.runner import evaluate_exports
+from minivlm.inference.exports import folder_export, stage_export
 from minivlm.preferences.reference import add_reference_logps
 from minivlm.preferences.sampling import build_pairs
 from minivlm.tracking.card import model_card, result_metrics
@@ -85,17 +86,25 @@ def finished_stages(config: Config) -> list[StageName]:
     Raises:
         FileNotFoundError: none has.
     """
-    done = [stage for stage in STAGE_NAMES if (layout.run_dir(config, stage) / RESULT_FILE).exists()]
+    done = _finished(config)
     if not done:
         raise FileNotFoundError("No finished stage with these settings. Run: python -m jobs.train pretrain")
     return done
 
 
+def _finished(config: Config) -> list[StageName]:
+    return [stage for stage in STAGE_NAMES if (layout.run_dir(config, stage) / RESULT_FILE).exists()]
+
+
 def evaluate(config: Config, parent: Run | None = None) -> Evaluation:
-    """Answer the test questions with every finished stage's model; metrics, sample panels and report go to MLflow."""
+    """Answer the test questions with every finished stage's model, then with those of evaluation.exports.
+
+    Metrics, sample panels and report go to MLflow. Without a finished stage the exports are enough.
+    """
     check_tracking(config)
-    stages = finished_stages(config)
-    folders = evaluate_all(config, stages)
+    further = [folder_export(name, folder) for name, folder in config.evaluation.exports.items()]
+    stages = finished_stages(config) if not further else _finished(config)
+    folders = evaluate_exports(config, [*(stage_export(config, stage) for stage in stages), *further])
     results = [read_results(folder) for folder in folders]
     report = write_report(config, folders, folders[-1] / "report.html")
     with start_run(config, "evaluation", key=folders[-1].name, parent=parent) as run:
@@ -110,7 +119,8 @@ def register(config: Config, parent: Run | None = None) -> PromotionResult:
     """Register the last stage's model with its card; `@champion` moves only if it is better on the test split."""
     check_tracking(config)
     stages = finished_stages(config)
-    results = [read_results(layout.evaluation_dir(config, stage)) for stage in stages]
+    exports = [stage_export(config, stage) for stage in stages]
+    results = [read_results(layout.evaluation_dir(config, export.name, export.reference)) for export in exports]
     export_dir = finished_stage(config, stages[-1]).export_dir
     key = layout.run_dir(config, stages[-1]).name
     with start_run(config, "register", key=key, parent=parent) as run:

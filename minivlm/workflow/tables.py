@@ -12,13 +12,13 @@ from minivlm.evaluation.results import read_results, read_rows
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy in per cent per task and stage, the shuffled score in brackets; captions by tokens."""
-    header = f"{'task':<14}{'n':>6}" + "".join(f"{result['stage'] + ' (shuffled)':>20}" for result in results)
+    header = f"{'task':<14}{'n':>6}" + "".join(f"{result['name'] + ' (shuffled)':>20}" for result in results)
     lines = [header]
     for task, figures in results[-1]["tasks"].items():
         cells = [result["tasks"][task] for result in results]
-        lines.append(_line(task, figures["n"], [(cell["accuracy"], cell["shuffled"]) for cell in cells]))
+        lines.append(_line(task, figures["n"], [(cell["accuracy"], _shuffled(cell)) for cell in cells]))
     if caption := results[-1]["caption"]:
-        cells = [(result["caption"]["token_accuracy"], result["caption"]["shuffled"]) for result in results]
+        cells = [(result["caption"]["token_accuracy"], _shuffled(result["caption"])) for result in results]
         lines.append(_line("caption", caption["n"], cells))
     if results[-1]["macro"] is not None:
         cells = [(result["macro"], result["shuffled_macro"]) for result in results]
@@ -45,6 +45,11 @@ def sample_rows(config: Config, folders: Sequence[Path]) -> list[dict[str, Any]]
 
 def _line(name: str, count: int, cells: Sequence[tuple[float | None, float | None]]) -> str:
     return f"{name:<14}{count:>6}" + "".join(f"{_percent(a) + ' (' + _percent(b) + ')':>20}" for a, b in cells)
+
+
+def _shuffled(figures: Mapping[str, Any]) -> float | None:
+    accuracy: float | None = figures["variants"].get("shuffled", {}).get("accuracy")
+    return accuracy
 
 
 def _percent(value: float | None) -> str:

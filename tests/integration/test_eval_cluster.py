@@ -2,8 +2,10 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -19,9 +21,9 @@ from minivlm.data.samples import SampleWriter, sample_columns
 from minivlm.data.tokenizer import train_tokenizer
 from minivlm.data.tokens import EncodedSample, TokenTable
 from minivlm.evaluation.results import read_results, read_rows
-from minivlm.evaluation.runner import evaluate, evaluate_all
-from minivlm.inference.exports import stage_export
-from minivlm.layout import evaluation_dir, features_root, pairs_dir, run_dir, samples_dir
+from minivlm.evaluation.runner import evaluate, evaluate_exports
+from minivlm.inference.exports import folder_export, stage_export
+from minivlm.layout import features_root, pairs_dir, run_dir, samples_dir
 from minivlm.model.checkpoint import write_manifest
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.export import load_export, save_export
@@ -131,10 +133,10 @@ def _train(samples: list[Sample], tokenizer, cache: FeatureCache, table_dir: Pat
 
 def test_evaluation_scores_every_question_in_both_variants(toy: Config) -> None:
     folder = evaluate(toy, "sft")
-    assert folder == evaluation_dir(toy, "sft")
     results = read_results(folder)
     colour = results["tasks"]["colour"]
-    assert (colour["n"], colour["shuffled_n"], results["caption"]["n"]) == (NUM_PICTURES, NUM_PICTURES, NUM_PICTURES)
+    asked = (colour["n"], colour["variants"]["shuffled"]["n"], results["caption"]["n"])
+    assert asked == (NUM_PICTURES, NUM_PICTURES, NUM_PICTURES)
     rows = read_rows(folder)
     assert {row["answer"] for row in rows if row["task"] == "colour"} <= {"red", "blue"}
     assert colour["accuracy"] == sum(row["answer"] == row["truth"] for row in rows if row["task"] == "colour") / 24
@@ -148,13 +150,33 @@ def test_a_finished_evaluation_is_not_run_again(toy: Config) -> None:
     assert path.stat().st_mtime_ns == before
 
 
-def test_answers_do_not_depend_on_the_batch_size(toy: Config) -> None:
-    evaluate(toy, "sft")
-    settings = toy.evaluation.model_copy(update={"batch_size": 5})
-    other = toy.model_copy(update={"evaluation": settings})
-    evaluate_all(other, ["sft"])
-    assert evaluation_dir(other, "sft") != evaluation_dir(toy, "sft")
-    assert read_rows(evaluation_dir(other, "sft")) == read_rows(evaluation_dir(toy, "sft"))
+def test_exports_stand_side_by_side_and_a_killed_evaluation_goes_on(toy: Config, tmp_path: Path) -> None:
+    """The stage and a copy of its export, in other batches than before; two batches of the copy are lost."""
+    first = evaluate(toy, "sft")
+    copy = shutil.copytree(stage_export(toy, "sft").export_dir, tmp_path / "copy")
+    other = _with(toy, batch_size=5, variants=("shuffled", "no_image", "cot"))
+    exports = [stage_export(other, "sft"), folder_export("a copy", copy)]
+    folders = evaluate_exports(other, exports)
+    assert len({first, *folders}) == 3
+    ours, copied = read_rows(folders[0]), read_rows(folders[1])
+    assert ours == copied
+    for row, before in zip(ours, read_rows(first), strict=True):
+        kept = {name: variant for name, variant in row["variants"].items() if name == "shuffled"}
+        assert row | {"variants": kept} == before
+    results = read_results(folders[1])
+    assert (results["name"], results["stage"], results["macro"]) == ("a copy", None, read_results(first)["macro"])
+    assert results["variants"]["cot"]["skipped"] == {"caption": {"a caption has no final answer": NUM_PICTURES}}
+    chunks = sorted((folders[1] / "answers").iterdir())
+    for path in (chunks[1], chunks[3], folders[1] / "results.json", folders[1] / "samples.jsonl"):
+        path.unlink()
+    untouched = chunks[0].stat().st_mtime_ns
+    assert evaluate_exports(other, exports) == folders
+    assert read_rows(folders[1]) == copied
+    assert chunks[0].stat().st_mtime_ns == untouched
+
+
+def _with(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update=settings)})
 
 
 def test_missing_run_names_the_command(toy: Config) -> None:

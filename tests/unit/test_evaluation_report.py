@@ -26,12 +26,12 @@ def scored(
     images, digests = (str(picture),), (f"{number:064}",)
     scorer = "caption_tokens" if task == "caption" else "short_answer"
     question = Question(f"q{number}", task, "en", images, digests, messages, truth, truth, scorer)
-    other = Reply(shuffled, (1,)) if shuffled is not None else None
-    return score_question(question, Reply(answer, (1, 2)), other, encode=lambda text: [1, 2], max_new_tokens=8)
+    others = {"shuffled": Reply(shuffled, (1,))} if shuffled is not None else {}
+    return score_question(question, Reply(answer, (1, 2)), others, encode=lambda text: [1, 2], max_new_tokens=8)
 
 
 def save_evaluation(config: Config, stage: str, rows: list[ScoredRow], questions: str = "same") -> Path:
-    folder = evaluation_dir(config, stage)
+    folder = evaluation_dir(config, stage, "ab12")
     write_bytes(folder / "samples.jsonl", "".join(json.dumps(to_json(row)) + "\n" for row in rows).encode())
     checkpoint = str(run_dir(config, stage) / "checkpoints" / "step=1")
     head = {
@@ -42,7 +42,7 @@ def save_evaluation(config: Config, stage: str, rows: list[ScoredRow], questions
         "questions": questions,
         "num_questions": len(rows),
     }
-    write_json(folder / "results.json", head | summarize(rows))
+    write_json(folder / "results.json", head | summarize(rows, {"shuffled": {}}))
     return folder
 
 
@@ -111,18 +111,26 @@ def test_summary_hand_values(picture: Path) -> None:
         scored(2, "count", "2", "two", picture, shuffled=None),
         scored(3, "caption", "a b", "a b", picture),
     ]
-    summary = summarize(rows)
+    summary = summarize(rows, {"shuffled": {"count": {"no other picture to show": 1}}})
     assert summary["macro"] == 0.75
     assert summary["shuffled_macro"] == 0.5
     colour, count = summary["tasks"]["colour"], summary["tasks"]["count"]
-    assert (colour["n"], colour["accuracy"], colour["shuffled"], colour["num_empty"]) == (2, 0.5, 0.5, 1)
-    assert (count["accuracy"], count["shuffled"], count["shuffled_n"]) == (1.0, None, 0)
-    assert (summary["caption"]["token_accuracy"], summary["caption"]["shuffled"]) == (1.0, 0.5)
+    assert (colour["n"], colour["accuracy"], colour["num_empty"]) == (2, 0.5, 1)
+    # Scores 1 and 0 about two pictures: 2 / 1 * 2 * (.5 / 2)^2 = .25 = .5^2; 2.801585 * sqrt(2) * .5.
+    assert (colour["error"], colour["minimum_difference"]) == pytest.approx((0.5, 1.981020), abs=1e-6)
+    shuffled = colour["variants"]["shuffled"]
+    assert (shuffled["accuracy"], shuffled["n"], shuffled["low"] < 0.5 < shuffled["high"]) == (0.5, 2, True)
+    assert (count["accuracy"], count["variants"], count["minimum_difference"]) == (1.0, {}, None)
+    assert summary["variants"] == {
+        "shuffled": {"macro": 0.5, "n": 3, "skipped": {"count": {"no other picture to show": 1}}}
+    }
+    assert summary["caption"]["token_accuracy"] == 1.0
+    assert summary["caption"]["variants"]["shuffled"]["accuracy"] == 0.5
     assert summary["languages"]["en"]["n"] == 3
 
 
 def test_only_captions_have_no_macro(picture: Path) -> None:
-    summary = summarize([scored(0, "caption", "a b", "a b", picture)])
+    summary = summarize([scored(0, "caption", "a b", "a b", picture)], {})
     assert (summary["macro"], summary["shuffled_macro"], summary["tasks"]) == (None, None, {})
 
 
