@@ -74,7 +74,7 @@ def question(number: int, task: str, truth: str, **fields: object) -> Question:
 
 
 def judged(asked: Question, answer: str):
-    return score_question(asked, Reply(answer, (1, 2)), None, encode=lambda text: [1, 3], max_new_tokens=8)
+    return score_question(asked, Reply(answer, (1, 2)), {}, encode=lambda text: [1, 3], max_new_tokens=8)
 
 
 def test_any_of_the_accepted_answers_is_right() -> None:
@@ -84,7 +84,7 @@ def test_any_of_the_accepted_answers_is_right() -> None:
 
 def test_a_yes_no_task_has_its_figures_and_others_have_none() -> None:
     rows = [judged(question(i, "existence", truth), "yes") for i, truth in enumerate(("yes", "no"))]
-    tasks = summarize([*rows, judged(question(2, "colour", "red"), "yes")])["tasks"]
+    tasks = summarize([*rows, judged(question(2, "colour", "red"), "yes")], {})["tasks"]
     assert tasks["existence"]["metrics"]["yes_ratio"] == 1.0
     assert tasks["existence"]["metrics"]["f1"] == pytest.approx(2 / 3)
     assert tasks["colour"]["metrics"] == {}
@@ -94,14 +94,14 @@ def test_captions_are_scored_by_tokens() -> None:
     row = judged(question(0, "caption", "a b", scorer="caption_tokens"), "a c")
     assert (row.score, row.metrics, row.token_f1) == (0.5, {"token_f1": 0.5}, 0.5)
     assert to_json(row)["metrics"] == {"token_f1": 0.5}
-    assert summarize([row])["caption"]["measure"] == "token_accuracy"
+    assert summarize([row], {})["caption"]["measure"] == "token_accuracy"
 
 
 def test_captions_of_the_miniworld_show_hallucinated_objects() -> None:
     truth = "a1 small red ring, b2 large blue cross"
     answers = ["a1 small red ring, b2 large green cross, c3 small red ring", "nothing"]
     rows = [judged(question(i, "caption", truth, scorer="caption_tokens"), text) for i, text in enumerate(answers)]
-    metrics = summarize(rows)["caption"]["metrics"]
+    metrics = summarize(rows, {})["caption"]["metrics"]
     # three mentions, the green cross is not there; one of two captions; one of four objects named
     assert metrics == {"chair_i": 1 / 3, "chair_s": 1 / 2, "chair_recall": 1 / 4}
 
@@ -112,7 +112,7 @@ def test_coco_captions_have_figures_of_the_whole_set() -> None:
         judged(question(i, "coco_captions", refs[0], truths=refs, scorer="captions"), text)
         for i, (text, refs) in enumerate(truths.items())
     ]
-    figures = summarize(rows)["tasks"]["coco_captions"]
+    figures = summarize(rows, {})["tasks"]["coco_captions"]
     assert figures["measure"] == "rouge_l"
     assert set(figures["metrics"]) == {"cider", "bleu_4", "chair_i", "chair_s", "chair_recall"}
     assert (figures["metrics"]["chair_i"], figures["metrics"]["chair_recall"]) == (0.0, 3 / 4)
