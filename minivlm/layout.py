@@ -5,6 +5,7 @@
     pictures/                 those that lay inside of rows, and frames of videos
     tokenizers/H  clip/H      what the corpus trained              features/F   patch features (F = tower fingerprint)
     clip_scores/F             how well rows' texts fit their pictures, where asked
+    embeddings/F  retrieval/H  pictures and texts in the CLIP's shared space, and what finds what
     runs/STAGE-H              checkpoints of a training stage      pairs/H      preference pairs
     evaluations/NAME-H        answers, metrics, report             mlflow/      tracking database and artifacts
 
@@ -23,6 +24,11 @@ from minivlm.storage import content_hash
 def miniworld_dir(config: Config) -> Path:
     """Drawn data set."""
     return config.root / "datasets" / f"miniworld-{content_hash([FORMAT, config.seed, _values(config.miniworld)])}"
+
+
+def classes_dir(config: Config) -> Path:
+    """Drawn pictures of one shape, a folder for each class."""
+    return config.root / "datasets" / f"classes-{content_hash([FORMAT, config.seed, config.miniworld.image_size_px])}"
 
 
 def samples_dir(config: Config) -> Path:
@@ -73,6 +79,16 @@ def features_root(config: Config) -> Path:
 def scores_root(config: Config) -> Path:
     """Parent of the caches of CLIP scores; each has the CLIP's fingerprint as its name."""
     return config.root / "clip_scores"
+
+
+def embeddings_root(config: Config) -> Path:
+    """Parent of the caches of embeddings; each has the CLIP's fingerprint as its name."""
+    return config.root / "embeddings"
+
+
+def retrieval_root(config: Config) -> Path:
+    """Parent of the results of retrieval and zero-shot classification; a name hashes all that determines them."""
+    return config.root / "retrieval"
 
 
 def run_dir(config: Config, stage: StageName) -> Path:

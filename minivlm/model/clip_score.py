@@ -106,8 +106,8 @@ def _load_model(path: str) -> tuple[CLIPModel, CLIPImageProcessorPil]:
         return model, CLIPImageProcessorPil.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`min_clip_score` cannot be computed with clip.path={path} ({str(error).splitlines()[0]}). It needs a "
-            "whole CLIPModel: type clip.path=openai/clip-vit-base-patch32, or remove min_clip_score"
+            f"Retrieval and `min_clip_score` cannot be computed with clip.path={path} ({str(error).splitlines()[0]}). "
+            "They need a whole CLIPModel: type clip.path=openai/clip-vit-base-patch32, or remove min_clip_score"
         ) from None
 
 
@@ -126,8 +126,8 @@ def _load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerFast:
             return tokenizer
         reason = f"{len(tokenizer)} entries for the {vocab_size} of the text side, or no first and last token"
     raise ValueError(
-        f"`min_clip_score`: no tokenizer of the text side under `{path}` ({reason}). Put its tokenizer.json beside the "
-        "weights, or remove min_clip_score"
+        f"Retrieval and `min_clip_score`: no tokenizer of the text side under `{path}` ({reason}). Put its "
+        "tokenizer.json beside the weights, or remove min_clip_score"
     )
 
 

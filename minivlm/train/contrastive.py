@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, TrainingFailedError
 
 from minivlm import layout
 from minivlm.config import Config, ConfigError
+from minivlm.data.captions import caption_of, captioned
 from minivlm.data.images import ImageLimits, read_image
 from minivlm.data.pipeline import prepare_samples, prepare_tokenizer
 from minivlm.data.samples import load_samples
@@ -69,9 +70,9 @@ def train_clip(config: Config) -> Path:
 def _prepare(config: Config, target: Path, work: Path) -> ClipJob:
     samples_dir = prepare_samples(config)
     tokenizer = load_tokenizer(prepare_tokenizer(config))
-    train = _captioned(load_samples(samples_dir, stage="pretrain", split="train"))
+    train = captioned(load_samples(samples_dir, stage="pretrain", split="train"))
     val, test = (
-        _distinct(_captioned(load_samples(samples_dir, stage="pretrain", split=split))) for split in ("val", "test")
+        _distinct(captioned(load_samples(samples_dir, stage="pretrain", split=split))) for split in ("val", "test")
     )
     workers = config.train.num_workers
     if len(train) < workers:
@@ -85,7 +86,7 @@ def _prepare(config: Config, target: Path, work: Path) -> ClipJob:
     place = {digest: row for row, digest in enumerate(pictures)}
     end = token_id(tokenizer, END_OF_TEXT)
     longest = config.clip.max_text_tokens - 1
-    ids = [[*encode_text(tokenizer, _caption(sample))[:longest], end] for sample in chosen]
+    ids = [[*encode_text(tokenizer, caption_of(sample))[:longest], end] for sample in chosen]
     captions = Captions.build(ids, [place[sample.image_sha256[0]] for sample in chosen], pad_token_id=end)
     captions.save(work)
     batch = min(config.clip.global_batch_size, len(train)) // workers * workers
@@ -115,23 +116,12 @@ def _prepare(config: Config, target: Path, work: Path) -> ClipJob:
     )
 
 
-def _caption(sample: Sample) -> str:
-    return sample.messages[-1].content
-
-
-def _captioned(samples: list[Sample]) -> list[Sample]:
-    """Samples with one picture, in English where there are any."""
-    single = [sample for sample in samples if len(sample.images) == 1]
-    english = [sample for sample in single if sample.language == "en"]
-    return english or single
-
-
 def _distinct(samples: list[Sample]) -> list[Sample]:
     """The first samples with distinct pictures and captions, at most RETRIEVAL_SCENES."""
     chosen: list[Sample] = []
     seen: set[str] = set()
     for sample in samples:
-        keys = {_caption(sample), sample.image_sha256[0]}
+        keys = {caption_of(sample), sample.image_sha256[0]}
         if seen.isdisjoint(keys) and len(chosen) < RETRIEVAL_SCENES:
             chosen.append(sample)
             seen |= keys
