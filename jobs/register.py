@@ -1,6 +1,9 @@
-"""Register the last stage's model in MLflow and make it @champion if it beats the present one on the test split.
+"""Register the last stage's model in MLflow and make it @champion if it passes every gate.
 
 ray job submit --working-dir . -- python -m jobs.register --config configs/tiny.yaml
+
+Gates: complete (files, manifest), finite (weights, figures), reloads (stored files give the export's logits), better
+(beats the champion on the same test questions beyond the noise). A refused version waits as @challenger.
 """
 
 from pathlib import Path
@@ -8,13 +11,13 @@ from pathlib import Path
 from jobs.common import CONFIG, OVERRIDES, run_job
 from minivlm.config import load_config
 from minivlm.log import quiet_libraries
-from minivlm.workflow.steps import register
+from minivlm.workflow.register import register
 
 
 def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:
     settings = load_config(config, overrides or [])
     quiet_libraries()
-    print(f"register: {register(settings)}")
+    print(register(settings).table)
 
 
 if __name__ == "__main__":

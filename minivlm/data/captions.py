@@ -107,7 +107,10 @@ def read_classes(folder: Path) -> ClassSet:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Give one with a folder of pictures for each class")
-    names, pictures, labels, bad = [], [], [], []
+    names: list[str] = []
+    pictures: list[Path] = []
+    labels: list[int] = []
+    bad: list[BadRow] = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
         found = sorted(path for path in place.iterdir() if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
         if not found:

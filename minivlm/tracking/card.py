@@ -103,6 +103,21 @@ Accuracy in per cent with 95 % interval, clustered by picture. Shuffled: the sam
 """
 
 
+def gate_section(rows: Sequence[tuple[str, bool | None, str]], version: int, outcome: str) -> str:
+    """The end of a card: what the gates measured.
+
+    Args:
+        rows: gate, whether it let the version through (None: it had nothing to look at), and the figure.
+        version: of the registered model.
+        outcome: `passed`, or the gate that refused it.
+    """
+    words = {True: "passed", False: "refused", None: "-"}
+    lines = [f"| {gate} | {words[passed]} | {measured.replace('|', '/')} |" for gate, passed, measured in rows]
+    decision = "passed every gate" if outcome == "passed" else f"was refused by gate `{outcome}`"
+    table = "\n".join(["| gate | outcome | measured |", "|---|---|---|", *lines])
+    return f"\n## Gate\nVersion {version} {decision} when it was registered.\n\n{table}\n"
+
+
 def _sources(config: Config) -> str:
     sources = [*config.data.pretrain, *config.data.sft, *config.data.mpo]
     return ", ".join(f"`{PurePath(source.path).name}`" for source in sources)

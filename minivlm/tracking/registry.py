@@ -1,15 +1,16 @@
-"""The model registry: a version per export, aliases that say which one serves, and the gate between them.
+"""The model registry: a version per export, aliases that say which one serves, and what is kept with a version.
 
-`@challenger` waits, `@champion` serves, `@previous` is the way back. A version is an artifact of the run that made it:
-the export's files, README.md (the model card) and manifest.json (sha256 of every file). Tags carry what the gate reads.
+`@challenger` waits, `@champion` serves, `@previous` is the way back; `workflow.register` decides. A version is an
+artifact of the run that made it: model-D/ with the export's files, card and manifest (`tracking.manifest`), and
+evaluation-D/QUESTIONS/ with its answers, question by question, for later comparisons. D begins the files' digest.
 """
 
-import hashlib
+import fcntl
 import json
-import math
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,30 +18,24 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from minivlm import layout
 from minivlm.config import Config
-from minivlm.log import get_logger
-from minivlm.storage import file_sha256, new_directory
+from minivlm.storage import new_directory
 from minivlm.tracking.client import TrackingError, connect, explained, shown_uri
+from minivlm.tracking.manifest import CARD, MANIFEST, export_digest, export_files, missing_files
+from minivlm.tracking.provenance import provenance_tags
 from minivlm.tracking.runs import Run
 
 GATE_METRIC = "eval/macro/accuracy"
 """Test accuracy averaged over the tasks, in [0, 1]; the gate compares it."""
 
-CARD, MANIFEST = "README.md", "manifest.json"
-REQUIRED_FILES = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json")
+GATE_TAG = "gate"
+"""Tag of a version: `passed`, or the name of the gate that refused it."""
+
+FILE_GATES = ("complete", "finite", "reloads")
+"""Gates that judge what is stored."""
+
 MISSING = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}  # no such model, no such alias
-
-log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class PromotionResult:
-    """What the gate decided. `champion` is the version that serves now, None where there is none."""
-
-    promoted: bool
-    reason: str
-    version: int
-    champion: int | None
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,18 @@ class ChampionVersion:
 
 
 def register_candidate(
-    config: Config, export_dir: Path, metrics: Mapping[str, float], card_text: str, run: Run, *, questions: str
+    config: Config,
+    export_dir: Path,
+    metrics: Mapping[str, float],
+    card_text: str,
+    run: Run,
+    *,
+    questions: str,
 ) -> int:
     """Register an export as a version of `tracking.model_name` and point `@challenger` at it.
 
-    The same export is one version, however often it is registered; its metrics and questions are then updated.
+    The same export is one version, however often it is registered; its metrics, questions, manifest and card are then
+    updated. Its files are stored anew only if a gate found fault with them.
 
     Args:
         export_dir: a stock transformers folder (safetensors and JSON).
@@ -72,59 +74,134 @@ def register_candidate(
     if GATE_METRIC not in metrics:
         raise TrackingError(f"Metrics of {export_dir} lack `{GATE_METRIC}`. Run: python -m jobs.evaluate")
     files = export_files(export_dir)
-    if gap := _gap(set(files)):
-        raise TrackingError(f"{export_dir} is no complete export: {gap}. Run: python -m jobs.export")
+    if lacking := missing_files(set(files)):
+        raise TrackingError(
+            f"{export_dir} is no complete export: it lacks {', '.join(lacking)}. Run: python -m jobs.export"
+        )
     digest = export_digest(files)
-    name = config.tracking.model_name
+    name, folder = config.tracking.model_name, _folder(digest)
     client = connect(config)
     tags = {"digest": digest, "questions": questions, "metrics": json.dumps(dict(metrics), sort_keys=True)}
     with explained(config):
         version = _version_with(client, name, digest)
+        run_id = version.run_id if version else run.run_id
+        if version is None or version.tags.get(GATE_TAG) in FILE_GATES:
+            client.log_artifacts(run_id, str(export_dir), folder)
+        manifest = {"digest": digest, "files": files, "provenance": provenance_tags(config)}
+        client.log_dict(run_id, manifest, f"{folder}/{MANIFEST}")
         if version is None:
-            folder = _folder(digest)
-            client.log_artifacts(run.run_id, str(export_dir), folder)
-            client.log_dict(run.run_id, {"digest": digest, "files": files}, f"{folder}/{MANIFEST}")
-            client.log_text(run.run_id, card_text, f"{folder}/{CARD}")
             if not client.search_registered_models(f"name = '{name}'"):
                 client.create_registered_model(name)
-            version = client.create_model_version(name, f"runs:/{run.run_id}/{folder}", run.run_id, tags=tags)
+            version = client.create_model_version(name, f"runs:/{run_id}/{folder}", run_id, tags=tags)
         for key, value in tags.items():
             client.set_model_version_tag(name, str(version.version), key, value)
-        client.update_model_version(name, str(version.version), card_text)
     number = int(version.version)
-    if _alias(config, client, "champion") != number:
+    write_card(config, number, card_text)
+    if champion_number(config) != number:
         with explained(config):
             client.set_registered_model_alias(name, "challenger", str(number))
     return number
 
 
-def promote(config: Config, version: int) -> PromotionResult:
-    """Let `version` serve if it passes the gate: complete, finite, and better than the champion on equal questions.
+def make_champion(config: Config, version: int, *, instead_of: int | None) -> bool:
+    """Let `version` serve: `@previous` takes the old champion, and `@challenger` is freed.
 
-    On success `@previous` takes the old champion and `@challenger` is freed; on refusal nothing moves. A repeated
-    call after an interruption finishes the moves.
+    Args:
+        instead_of: the champion that it was compared with. If another one serves by now nothing moves, as the
+            comparison is void. MLflow has no conditional write: between this look and the move lie some milliseconds,
+            which `promotion_lock` covers among all who share storage_path.
+
+    Returns:
+        Whether it moved.
 
     Raises:
         TrackingError: no such version, or MLflow is out of reach.
     """
-    name = config.tracking.model_name
-    client = connect(config)
-    candidate = _get_version(config, client, version)
-    champion = _alias(config, client, "champion")
-    if champion == version:
-        _free_challenger(config, client, version)
-        return PromotionResult(True, f"version {version} is the champion already", version, champion)
-    reason = _refusal(config, client, candidate, champion)
-    if reason:
-        log.info("Version %d of %s is not promoted: %s", version, name, reason)
-        return PromotionResult(False, reason, version, champion)
+    name, client = config.tracking.model_name, connect(config)
+    _get_version(config, client, version)
+    if champion_number(config) != instead_of:
+        return False
     with explained(config):
-        if champion is not None:
-            client.set_registered_model_alias(name, "previous", str(champion))
+        if instead_of is not None:
+            client.set_registered_model_alias(name, "previous", str(instead_of))
         client.set_registered_model_alias(name, "champion", str(version))
-    _free_challenger(config, client, version)
-    better = f"better than version {champion}" if champion is not None else "the first champion"
-    return PromotionResult(True, f"{GATE_METRIC} {_score(candidate):.4f}, {better}", version, version)
+    free_challenger(config, version)
+    return True
+
+
+@contextmanager
+def promotion_lock(config: Config) -> Iterator[None]:
+    """One registration at a time among all processes that share storage_path; others wait.
+
+    Drivers with another storage_path at one tracking server are not kept out; see `make_champion`.
+    """
+    path = layout.mlflow_dir(config) / "promotion.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the system frees it when the process ends, however it ends
+        yield
+
+
+def champion_number(config: Config) -> int | None:
+    """The version that serves; None where there is none."""
+    return _alias(config, connect(config), "champion")
+
+
+def free_challenger(config: Config, version: int) -> None:
+    """Take `@challenger` away from a version that serves."""
+    client = connect(config)
+    if _alias(config, client, "challenger") == version:
+        with explained(config):
+            client.delete_registered_model_alias(config.tracking.model_name, "challenger")
+
+
+def version_digest(config: Config, version: int) -> str:
+    """The digest under which a version was registered.
+
+    Raises:
+        TrackingError: no such version, or one that this project did not register.
+    """
+    return _tag(_get_version(config, connect(config), version), "digest")
+
+
+def download_version(config: Config, version: int, target: Path) -> None:
+    """All files of a version as they are stored, card and manifest included, into an existing folder."""
+    client = connect(config)
+    found = _get_version(config, client, version)
+    _download(config, client, found.run_id, _folder(_tag(found, "digest")), target)
+
+
+def keep_evaluation(config: Config, version: int, questions: str, evaluation: Path) -> None:
+    """Keep the files of an evaluation with a version, under the name of its questions."""
+    client = connect(config)
+    found = _get_version(config, client, version)
+    folder = _evaluation_folder(_tag(found, "digest"), questions)
+    with explained(config):
+        for name in ("samples.jsonl", "results.json"):
+            client.log_artifact(found.run_id, str(evaluation / name), folder)
+
+
+def find_evaluation(config: Config, version: int, questions: str, target: Path) -> bool:
+    """Download the evaluation of a version on these questions into an existing folder; False where none is kept."""
+    client = connect(config)
+    found = _get_version(config, client, version)
+    folder = _evaluation_folder(_tag(found, "digest"), questions)
+    with explained(config):
+        if not client.list_artifacts(found.run_id, folder):
+            return False
+    _download(config, client, found.run_id, folder, target)
+    return True
+
+
+def write_card(config: Config, version: int, card_text: str, gate: str | None = None) -> None:
+    """Replace the card of a version, in its files and as its description; `gate` becomes its tag."""
+    client, name = connect(config), config.tracking.model_name
+    found = _get_version(config, client, version)
+    with explained(config):
+        client.log_text(found.run_id, card_text, f"{_folder(_tag(found, 'digest'))}/{CARD}")
+        client.update_model_version(name, str(version), card_text)
+        if gate is not None:
+            client.set_model_version_tag(name, str(version), GATE_TAG, gate)
 
 
 def resolve_champion(config: Config) -> ChampionVersion:
@@ -134,20 +211,18 @@ def resolve_champion(config: Config) -> ChampionVersion:
         TrackingError: there is no champion, its files differ from their manifest, or MLflow is out of reach.
     """
     name = config.tracking.model_name
-    client = connect(config)
-    number = _alias(config, client, "champion")
+    number = champion_number(config)
     if number is None:
         raise TrackingError(
             f"No champion of model `{name}` at {shown_uri(config)}: nothing was promoted yet. "
             "Run: python -m jobs.pipeline --config configs/tiny.yaml"
         )
-    version = _get_version(config, client, number)
-    digest = _tag(version, "digest")
+    digest = version_digest(config, number)
     path = config.root / "models" / digest
     if not path.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_directory(path) as staging:
-            _download(config, client, version, staging)
+            download_version(config, number, staging)
             found = export_digest(export_files(staging))
             if found != digest:
                 raise TrackingError(
@@ -157,75 +232,13 @@ def resolve_champion(config: Config) -> ChampionVersion:
     return ChampionVersion(number, path, digest)
 
 
-def export_files(directory: Path) -> dict[str, str]:
-    """Relative path -> sha256 of every file but the card and the manifest, which describe them."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    named = {path.relative_to(directory).as_posix(): path for path in paths}
-    return {name: file_sha256(path) for name, path in named.items() if name not in (CARD, MANIFEST)}
-
-
-def export_digest(files: Mapping[str, str]) -> str:
-    """sha256 over names and contents: equal digests are equal exports."""
-    return hashlib.sha256(json.dumps(sorted(files.items())).encode()).hexdigest()
-
-
-def _gap(names: set[str]) -> str:
-    missing = [name for name in REQUIRED_FILES if name not in names]
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    return f"it lacks {', '.join(missing)}" if missing else ""
-
-
-def _refusal(config: Config, client: MlflowClient, candidate: ModelVersion, champion: int | None) -> str:
-    """Why the candidate must not serve; empty if it may."""
-    if not math.isfinite(_score(candidate)):
-        return f"{GATE_METRIC} is {_score(candidate)}, not a finite number"
-    bad = [key for key, value in _metrics(candidate).items() if not math.isfinite(value)]
-    if bad:
-        return f"metric `{bad[0]}` is not a finite number"
-    if gap := _artifact_gap(config, client, candidate):
-        return gap
-    if champion is None:
-        return ""
-    other = _get_version(config, client, champion)
-    asked, other_asked = _tag(candidate, "questions"), _tag(other, "questions")
-    if asked != other_asked:
-        return (
-            f"it was tested on other questions ({asked}) than champion {champion} ({other_asked}): "
-            "evaluate both with the same data and evaluation settings"
-        )
-    if _score(candidate) <= _score(other):
-        return f"{GATE_METRIC} {_score(candidate):.4f} does not beat champion {champion} with {_score(other):.4f}"
-    return ""
-
-
-def _artifact_gap(config: Config, client: MlflowClient, version: ModelVersion) -> str:
-    """What the stored artifact lacks against its manifest; empty if complete."""
-    folder = _folder(_tag(version, "digest"))
-    with explained(config):
-        stored = {path.removeprefix(f"{folder}/") for path in _list(client, version.run_id, folder)}
-    if MANIFEST not in stored:
-        return f"its {MANIFEST} is missing"
-    with tempfile.TemporaryDirectory() as target, explained(config):
-        path = client.download_artifacts(version.run_id, f"{folder}/{MANIFEST}", target)
-        manifest = json.loads(Path(path).read_text())
-    if manifest.get("digest") != _tag(version, "digest") or export_digest(manifest["files"]) != manifest["digest"]:
-        return f"its {MANIFEST} is of another export"
-    missing = sorted(set(manifest["files"]) - stored)
-    return f"{missing[0]} is missing from its files" if missing else _gap(stored)
-
-
 def _folder(digest: str) -> str:
     """Artifact folder of an export: one run may register several."""
     return f"model-{digest[:12]}"
 
 
-def _list(client: MlflowClient, run_id: str, folder: str) -> list[str]:
-    """Paths of all files below an artifact folder."""
-    paths: list[str] = []
-    for item in client.list_artifacts(run_id, folder):
-        paths += _list(client, run_id, item.path) if item.is_dir else [item.path]
-    return paths
+def _evaluation_folder(digest: str, questions: str) -> str:
+    return f"evaluation-{digest[:12]}/{re.sub(r'[^0-9A-Za-z]', '-', questions)}"
 
 
 def _tag(version: ModelVersion, key: str) -> str:
@@ -239,19 +252,9 @@ def _tag(version: ModelVersion, key: str) -> str:
     return value
 
 
-def _metrics(version: ModelVersion) -> dict[str, float]:
-    metrics: dict[str, float] = json.loads(_tag(version, "metrics"))
-    return metrics
-
-
-def _score(version: ModelVersion) -> float:
-    return float(_metrics(version)[GATE_METRIC])
-
-
-def _download(config: Config, client: MlflowClient, version: ModelVersion, target: Path) -> None:
-    folder = _folder(_tag(version, "digest"))
+def _download(config: Config, client: MlflowClient, run_id: str, folder: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as place, explained(config):
-        Path(client.download_artifacts(version.run_id, folder, place)).rename(target)
+        Path(client.download_artifacts(run_id, folder, place)).rename(target)
 
 
 def _version_with(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
@@ -279,9 +282,3 @@ def _alias(config: Config, client: MlflowClient, alias: str) -> int | None:
             return None
         with explained(config):
             raise
-
-
-def _free_challenger(config: Config, client: MlflowClient, version: int) -> None:
-    if _alias(config, client, "challenger") == version:
-        with explained(config):
-            client.delete_registered_model_alias(config.tracking.model_name, "challenger")

@@ -12,6 +12,7 @@ from minivlm.tracking.runs import Run, start_run
 from minivlm.train.launch import check_resources
 from minivlm.workflow import steps
 from minivlm.workflow.ask import ask_champion, check_port
+from minivlm.workflow.register import register
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def _run_steps(config: Config, run: Run, *, sweep: bool) -> None:
     run.log_metrics({"features/distinct": stat.distinct, "features/encoded": stat.encoded})
     if config.data.features == "stream":
         print(f"[features] {_describe_features(features)}", flush=True)
-    _timed("register", lambda: steps.register(config, run), lambda result: result.reason)
+    _timed("register", lambda: register(config, run), lambda result: result.table)
 
 
 def _describe_features(cache: FeatureCache) -> str:

@@ -17,13 +17,12 @@ from minivlm.evaluation.runner import evaluate_exports
 from minivlm.inference.exports import folder_export, stage_export
 from minivlm.preferences.reference import add_reference_logps
 from minivlm.preferences.sampling import build_pairs
-from minivlm.tracking.card import model_card, result_metrics
+from minivlm.tracking.card import result_metrics
 from minivlm.tracking.client import check_tracking
-from minivlm.tracking.registry import PromotionResult, promote, register_candidate
 from minivlm.tracking.runs import Run, start_run
 from minivlm.tracking.sweep import log_search
 from minivlm.train.contrastive import train_clip
-from minivlm.train.launch import RESULT_FILE, StageResult, finished_stage, run_stage
+from minivlm.train.launch import RESULT_FILE, StageResult, run_stage
 from minivlm.train.metrics import METRICS_FILE
 from minivlm.tune.search import SearchResult, search
 from minivlm.workflow.tables import results_table, sample_rows
@@ -113,23 +112,3 @@ def evaluate(config: Config, parent: Run | None = None) -> Evaluation:
         run.log_panel("samples", sample_rows(config, folders))
         run.log_artifact(report)
     return Evaluation(results_table(results), report)
-
-
-def register(config: Config, parent: Run | None = None) -> PromotionResult:
-    """Register the last stage's model with its card; `@champion` moves only if it is better on the test split."""
-    check_tracking(config)
-    stages = finished_stages(config)
-    exports = [stage_export(config, stage) for stage in stages]
-    results = [read_results(layout.evaluation_dir(config, export.name, export.reference)) for export in exports]
-    export_dir = finished_stage(config, stages[-1]).export_dir
-    key = layout.run_dir(config, stages[-1]).name
-    with start_run(config, "register", key=key, parent=parent) as run:
-        version = register_candidate(
-            config,
-            export_dir,
-            result_metrics(results[-1]),
-            model_card(config, results),
-            run,
-            questions=results[-1]["questions"],
-        )
-    return promote(config, version)

@@ -11,7 +11,7 @@ import ray
 from minivlm.config import Config, ConfigError, load_config
 from minivlm.serve.app import check_port_free, start_server, stop_server
 from minivlm.tracking.client import TrackingError
-from minivlm.tracking.registry import promote, register_candidate
+from minivlm.tracking.registry import make_champion, register_candidate
 from minivlm.tracking.runs import start_run
 from tests.browser import chromium
 from tests.tiny_export import build_export, data_url, png
@@ -38,7 +38,7 @@ def base_url(config: Config, tmp_path_factory):
     export = build_export(tmp_path_factory.mktemp("model"))
     run = start_run(config, "tiny")
     version = register_candidate(config, export, {"eval/macro/accuracy": 0.5}, "# tiny", run, questions="q")
-    assert promote(config, version).promoted
+    assert make_champion(config, version, instead_of=None)
     ray.init(
         "local",
         num_cpus=2,

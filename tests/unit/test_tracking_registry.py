@@ -1,199 +1,211 @@
-"""The registry on a real SQLite database: idempotent versions, the promotion gate, the champion's download."""
+"""The registry on a real SQLite database: idempotent versions, gates, who serves and who waits, the download."""
 
-import math
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from minivlm.config import Config, ConfigError
-from minivlm.tracking.card import model_card, result_metrics
 from minivlm.tracking.client import connect
-from minivlm.tracking.registry import export_files, promote, register_candidate, resolve_champion
-from minivlm.tracking.runs import start_run
+from minivlm.tracking.manifest import REQUIRED_FILES, export_files
+from minivlm.tracking.registry import (
+    champion_number,
+    make_champion,
+    promotion_lock,
+    register_candidate,
+    resolve_champion,
+)
+from minivlm.tracking.runs import Run, start_run
+from minivlm.workflow.register import Candidate, PromotionResult, submit
+from tests.tiny_export import build_export
+
+WEAK, STRONG = [0.0, 1.0] * 10, [1.0] * 20
+"""Scores of ten pictures with two questions each."""
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Config:
+def home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Run, Path]:
     config = Config(storage_path=tmp_path_factory.mktemp("home"))
-    connect(config)
-    return config
+    return config, start_run(config, "register", key="k"), build_export(tmp_path_factory.mktemp("model"))
+
+
+class Desk:
+    """A registered model of its own for one test."""
+
+    def __init__(self, config: Config, run: Run, export: Path, folder: Path) -> None:
+        self.config, self.run, self.export, self.folder = config, run, export, folder
+        self.client: MlflowClient = connect(config)
+
+    def candidate(self, name: str, scores: list[float], questions: str = "q1") -> Candidate:
+        """An export that differs from others in one weight, and its evaluation."""
+        export = self.folder / name
+        shutil.copytree(self.export, export)
+        weights = load_file(export / "model.safetensors")
+        key = next(key for key in weights if key.endswith("linear_1.weight"))
+        weights[key].view(-1)[0] = len(name) + sum(map(ord, name)) / 1000
+        save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
+        evaluation = self.folder / f"{name}-evaluation"
+        evaluation.mkdir()
+        rows = [
+            {"task": "colour", "question_id": f"q{i}", "source": "", "cluster": str(i // 2), "score": score}
+            for i, score in enumerate(scores)
+        ]
+        (evaluation / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        mean = sum(scores) / len(scores)
+        figures = {"macro": mean, "variants": {}, "tasks": {}, "caption": None, "questions": questions}
+        (evaluation / "results.json").write_text(json.dumps(figures))
+        return Candidate(export, evaluation, f"# {name}\n")
+
+    def submit(self, candidate: Candidate) -> PromotionResult:
+        return submit(self.config, candidate, self.run)
+
+    def alias(self, name: str) -> int | None:
+        found = self.client.get_registered_model(self.config.tracking.model_name).aliases
+        return int(found[name]) if name in found else None
+
+    def stored(self, version: int, name: str) -> Path:
+        tags = self.client.get_model_version(self.config.tracking.model_name, str(version)).tags
+        [path] = (self.config.root / "mlflow" / "artifacts").rglob(f"model-{tags['digest'][:12]}/{name}")
+        return path
 
 
 @pytest.fixture
-def config(home: Config, request: pytest.FixtureRequest) -> Config:
-    """A registered model of its own for every test, in one database."""
-    tracking = home.tracking.model_copy(update={"model_name": request.node.name})
-    return home.model_copy(update={"tracking": tracking})
+def desk(home: tuple[Config, Run, Path], request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
+    config, run, export = home
+    tracking = config.tracking.model_copy(update={"model_name": request.node.name})
+    return Desk(config.model_copy(update={"tracking": tracking}), run, export, tmp_path)
 
 
-@pytest.fixture
-def client(config: Config) -> MlflowClient:
-    return connect(config)
+def test_a_candidate_within_the_noise_waits_and_one_beyond_it_takes_over(desk):
+    desk.submit(desk.candidate("first", WEAK))
+    result = desk.submit(desk.candidate("second", [1.0, *WEAK[1:]]))
+    assert (result.promoted, result.champion, desk.alias("challenger")) == (False, 1, 2)
+    assert result.reason.startswith(
+        "version 2 is refused by gate `better`: +5.00 points on champion 1, 95 % interval -"
+    )
+    assert "Train further" in result.reason
+    assert "version 1 stays @champion" in result.reason
+    tags = desk.client.get_model_version(desk.config.tracking.model_name, "2").tags
+    assert tags["gate"] == "better"
+    result = desk.submit(desk.candidate("third", STRONG))
+    assert result.promoted, result.reason
+    assert (desk.alias("champion"), desk.alias("previous"), desk.alias("challenger")) == (3, 1, None)
 
 
-def make_export(folder: Path, weights: str) -> Path:
-    (folder / "deep").mkdir(parents=True)
-    for name in ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "deep/more.json"):
-        (folder / name).write_text("{}")
-    (folder / "model.safetensors").write_text(weights)
-    return folder
-
-
-def register(config: Config, export: Path, accuracy: float, questions: str = "q1") -> int:
-    with start_run(config, "register", key=config.tracking.model_name) as run:
-        return register_candidate(config, export, {"eval/macro/accuracy": accuracy}, "# card", run, questions=questions)
-
-
-def alias(client: MlflowClient, config: Config, name: str) -> int | None:
-    found = client.get_registered_model(config.tracking.model_name).aliases
-    return int(found[name]) if name in found else None
-
-
-def test_the_same_export_is_registered_once(config, client, tmp_path):
-    export = make_export(tmp_path / "a", "one")
-    assert register(config, export, 0.5) == register(config, export, 0.6) == 1
-    assert client.get_model_version(config.tracking.model_name, "1").tags["metrics"] == '{"eval/macro/accuracy": 0.6}'
-    assert register(config, make_export(tmp_path / "b", "two"), 0.5) == 2
-
-
-def test_the_first_candidate_becomes_champion(config, client, tmp_path):
-    version = register(config, make_export(tmp_path / "a", "one"), 0.5)
-    assert alias(client, config, "challenger") == 1
-    result = promote(config, version)
-    assert (result.promoted, result.champion) == (True, 1)
-    assert alias(client, config, "champion") == 1
-    assert alias(client, config, "challenger") is None
-    assert promote(config, version).promoted, "asking again changes nothing"
-
-
-def test_a_better_candidate_takes_over_and_leaves_the_way_back(config, client, tmp_path):
-    promote(config, register(config, make_export(tmp_path / "a", "one"), 0.5))
-    result = promote(config, register(config, make_export(tmp_path / "b", "two"), 0.51))
-    assert (result.promoted, result.champion) == (True, 2)
-    assert alias(client, config, "champion") == 2
-    assert alias(client, config, "previous") == 1
-
-
-@pytest.mark.parametrize("accuracy", [0.5, 0.4])
-def test_a_candidate_that_is_not_better_is_refused_and_waits(config, client, tmp_path, accuracy):
-    promote(config, register(config, make_export(tmp_path / "a", "one"), 0.5))
-    result = promote(config, register(config, make_export(tmp_path / "b", "two"), accuracy))
-    assert (result.promoted, result.champion) == (False, 1)
-    assert "does not beat champion 1 with 0.5000" in result.reason
-    assert alias(client, config, "champion") == 1
-    assert alias(client, config, "challenger") == 2
-
-
-def test_a_candidate_tested_on_other_questions_is_refused(config, tmp_path):
-    promote(config, register(config, make_export(tmp_path / "a", "one"), 0.5))
-    result = promote(config, register(config, make_export(tmp_path / "b", "two"), 0.9, questions="q2"))
+def test_a_file_spoilt_in_the_store_is_refused_and_stored_anew_by_the_same_command(desk):
+    candidate = desk.candidate("only", WEAK)
+    with start_run(desk.config, "register", key="k") as run:
+        figures = {"eval/macro/accuracy": 0.5}
+        version = register_candidate(desk.config, candidate.export_dir, figures, "# card", run, questions="q1")
+    path = desk.stored(version, "model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    result = desk.submit(candidate)
     assert not result.promoted
-    assert "other questions (q2) than champion 1 (q1)" in result.reason
+    assert "refused by gate `complete`: model.safetensors is damaged" in result.reason
+    assert desk.alias("champion") is None
+    assert desk.submit(candidate).promoted
 
 
-def test_a_metric_that_is_not_finite_is_refused(config, tmp_path):
-    result = promote(config, register(config, make_export(tmp_path / "a", "one"), math.nan))
+def test_a_champion_that_was_asked_other_questions_is_not_compared(desk):
+    desk.submit(desk.candidate("first", WEAK))
+    result = desk.submit(desk.candidate("second", STRONG, questions="q2"))
     assert not result.promoted
-    assert "not a finite number" in result.reason
+    assert "no answers of champion 1 to these questions (q2) are kept" in result.reason
 
 
-def test_an_artifact_that_lost_a_file_is_refused(config, tmp_path):
-    version = register(config, make_export(tmp_path / "a", "one"), 0.5)
-    stored = (config.root / "mlflow" / "artifacts").rglob("more.json")
-    newest = max(stored, key=lambda path: path.stat().st_mtime_ns)
-    newest.unlink()
-    result = promote(config, version)
-    assert not result.promoted
-    assert "deep/more.json is missing" in result.reason
+def test_of_two_registrations_at_once_the_better_one_serves_in_the_end(desk):
+    desk.submit(desk.candidate("first", [0.0] * 20))
+    both = [desk.candidate("good", [0.0, 1.0] * 10), desk.candidate("better", STRONG)]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(desk.submit, both))
+    better = results[1]
+    assert better.promoted
+    assert champion_number(desk.config) == better.version
+    assert not results[0].promoted or desk.alias("previous") == results[0].version
 
 
-def test_an_incomplete_export_is_not_registered(config, tmp_path):
-    export = make_export(tmp_path / "a", "one")
-    (export / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"no complete export: it lacks \*\.safetensors"):
-        register(config, export, 0.5)
+def test_the_first_version_waits_for_other_registrations_then_serves_with_the_gates_on_its_card(desk):
+    first = desk.candidate("first", WEAK)
+    with ThreadPoolExecutor(1) as pool:
+        with promotion_lock(desk.config):
+            waiting = pool.submit(desk.submit, first)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+        result = waiting.result(timeout=120)
+    assert (result.promoted, result.version, result.champion) == (True, 1, 1)
+    assert [check.passed for check in result.checks] == [True] * 4
+    assert (desk.alias("champion"), desk.alias("challenger")) == (1, None)
+    champion = resolve_champion(desk.config)
+    assert export_files(champion.path) == export_files(first.export_dir)
+    card = (champion.path / "README.md").read_text()
+    assert card.startswith("# first\n\n## Gate\nVersion 1 passed every gate")
+    assert "| better | passed | there is no champion to beat |" in card
+    assert "already" in desk.submit(first).reason, "asking again changes nothing"
 
 
-def test_the_champion_is_downloaded_once_and_equals_the_export(config, tmp_path):
-    export = make_export(tmp_path / "a", "one")
-    promote(config, register(config, export, 0.5))
-    champion = resolve_champion(config)
-    assert champion.path == config.root / "models" / champion.digest
-    assert export_files(champion.path) == export_files(export)
-    assert (champion.path / "README.md").read_text() == "# card"
-    marker = champion.path / "config.json"
-    written = marker.stat().st_mtime_ns
-    assert resolve_champion(config) == champion
-    assert marker.stat().st_mtime_ns == written
+def enter(desk: Desk, name: str, accuracy: float = 0.5) -> int:
+    """A version of small files that never go through the gates."""
+    export = desk.folder / name
+    if not export.exists():
+        export.mkdir()
+        for file in REQUIRED_FILES:
+            (export / file).write_text("{}")
+        (export / "model.safetensors").write_text(name)
+    metrics = {"eval/macro/accuracy": accuracy}
+    return register_candidate(desk.config, export, metrics, "# card", desk.run, questions="q1")
 
 
-def test_a_damaged_artifact_is_never_served(config, tmp_path):
-    promote(config, register(config, make_export(tmp_path / "a", "a weight of its own"), 0.5))
-    for path in (config.root / "mlflow" / "artifacts").rglob("model.safetensors"):
-        if path.read_text() == "a weight of its own":
-            path.write_text("changed")
+def test_the_same_export_is_registered_once(desk):
+    assert enter(desk, "one", 0.5) == enter(desk, "one", 0.6) == 1
+    found = desk.client.get_model_version(desk.config.tracking.model_name, "1")
+    assert found.tags["metrics"] == '{"eval/macro/accuracy": 0.6}'
+    assert enter(desk, "two") == 2
+
+
+def test_the_old_champion_is_the_way_back_and_a_move_that_rests_on_another_one_is_void(desk):
+    one, two, three = (enter(desk, name) for name in ("one", "two", "three"))
+    assert make_champion(desk.config, one, instead_of=None)
+    assert make_champion(desk.config, two, instead_of=one)
+    assert (desk.alias("champion"), desk.alias("previous"), desk.alias("challenger")) == (two, one, three)
+    assert not make_champion(desk.config, three, instead_of=one)
+    assert desk.alias("champion") == two
+
+
+def test_an_incomplete_export_is_not_registered(desk):
+    (desk.folder / "one").mkdir()
+    with pytest.raises(ConfigError, match=r"no complete export: it lacks config\.json.*safetensors"):
+        enter(desk, "one")
+
+
+def test_a_damaged_artifact_is_never_served(desk):
+    make_champion(desk.config, enter(desk, "one"), instead_of=None)
+    desk.stored(1, "model.safetensors").write_text("changed")
     with pytest.raises(ConfigError, match="is damaged"):
-        resolve_champion(config)
-    assert not list((config.root / "models").glob(".*tmp"))
+        resolve_champion(desk.config)
+    assert not list((desk.config.root / "models").glob(".*tmp"))
 
 
-def test_without_a_champion_the_error_names_the_command(config, client):
+def test_the_champion_is_downloaded_once(desk):
+    make_champion(desk.config, enter(desk, "one"), instead_of=None)
+    champion = resolve_champion(desk.config)
+    assert champion.path == desk.config.root / "models" / champion.digest
+    written = (champion.path / "config.json").stat().st_mtime_ns
+    assert resolve_champion(desk.config) == champion
+    assert (champion.path / "config.json").stat().st_mtime_ns == written
+
+
+def test_without_a_champion_the_error_names_the_command(desk):
     with pytest.raises(ConfigError, match=r"python -m jobs\.pipeline"):
-        resolve_champion(config)
-    client.create_registered_model(config.tracking.model_name)
+        resolve_champion(desk.config)
+    desk.client.create_registered_model(desk.config.tracking.model_name)
     with pytest.raises(ConfigError, match=r"python -m jobs\.pipeline"):
-        resolve_champion(config)
+        resolve_champion(desk.config)
 
 
-def test_promoting_a_version_that_does_not_exist_says_so(config):
+def test_promoting_a_version_that_does_not_exist_says_so(desk):
     with pytest.raises(ConfigError, match="has no version 7"):
-        promote(config, 7)
-
-
-def figures(accuracy: float) -> dict:
-    variants = {"shuffled": {"accuracy": 0.25, "n": 100, "low": 0.2, "high": 0.3}}
-    return {"n": 100, "accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "variants": variants}
-
-
-RESULTS = {
-    "name": "mpo", "stage": "mpo", "questions": "q1", "num_questions": 200,
-    "macro": 0.85, "macro_low": 0.8, "macro_high": 0.9, "shuffled_macro": 0.25,
-    "variants": {"shuffled": {"macro": 0.25, "n": 200, "skipped": {}}},
-    "tasks": {"colour": figures(0.9), "count": figures(0.8)}, "caption": None,
-}  # fmt: skip
-
-
-def test_results_become_metrics_and_the_macro_mean_is_the_gate():
-    metrics = result_metrics(RESULTS)
-    assert metrics["eval/macro/accuracy"] == 0.85
-    assert metrics["eval/count/accuracy"] == 0.8
-    assert (metrics["eval/macro/shuffled"], metrics["eval/colour/shuffled"]) == (0.25, 0.25)
-
-
-def test_captions_alone_are_judged_by_their_tokens():
-    caption = {"n": 6, "token_accuracy": 0.95, "low": 0.9, "high": 1.0, "variants": {}}
-    results = RESULTS | {"macro": None, "shuffled_macro": None, "variants": {}, "tasks": {}, "caption": caption}
-    assert result_metrics(results)["eval/macro/accuracy"] == 0.95
-    assert "| caption (tokens) | 6 | 95.0 [90.0, 100.0] | - |" in model_card(Config(), [results])
-
-
-def test_the_card_shows_every_stage_with_interval_and_shuffled_score():
-    first = RESULTS | {
-        "name": "sft",
-        "stage": "sft",
-        "tasks": {"colour": figures(0.6), "count": figures(0.5)},
-        "macro": 0.55,
-    }
-    card = model_card(Config(), [first, RESULTS])
-    assert "| task | questions | sft | shuffled | mpo | shuffled |" in card
-    assert "| colour | 100 | 60.0 [55.0, 65.0] | 25.0 | 90.0 [85.0, 95.0] | 25.0 |" in card
-    assert "LlavaForConditionalGeneration.from_pretrained" in card
-
-
-def test_the_card_says_which_library_loads_the_model():
-    stock, own = (model_card(Config(model={"projector": kind}), [RESULTS]) for kind in ("linear", "resampler"))
-    assert "LlavaForConditionalGeneration.from_pretrained(FOLDER)" in stock
-    assert "LlavaForConditionalGeneration" not in own
-    assert "Plain transformers cannot load it" in own
-    assert "load_export(FOLDER)" in own
+        make_champion(desk.config, 7, instead_of=None)
