@@ -207,6 +207,10 @@ class MiniworldConfig(Frozen):
     reasoning_max_objects: PositiveInt = 6
     """Most shapes in a scene made for reasoning questions, 3 to 9: more make the task harder."""
 
+    direct_reasoning_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the training scenes with reasoning questions that also ask one of them for the number alone, so that
+    answers with and without a chain of thought can be compared."""
+
     chinese_fraction: float = Field(0.1, ge=0, le=1)
     """Share of captions and of direct questions about one picture that are Chinese."""
 

@@ -233,6 +233,7 @@ def count_rows(config: Config) -> dict[str, int]:
             world.reasoning_scenes,
             world.prompt_scenes,
             world.questions_per_scene,
+            world.direct_reasoning_fraction,
         )
     listed: Counter[str] = Counter()
     for source in sources(config):

@@ -22,6 +22,7 @@ SMALL = {
     "image_size_px": 72,
     "max_objects": 4,
     "reasoning_max_objects": 6,
+    "direct_reasoning_fraction": 0.5,
     "chinese_fraction": 0.12,
 }
 
@@ -57,11 +58,25 @@ def test_yes_and_no_are_balanced_exactly(world, split):
 
 def test_the_expected_rows_are_about_those_written(world):
     names = ("train_scenes", "change_scenes", "reasoning_scenes", "prompt_scenes", "questions_per_scene")
-    expected = expected_rows(*(SMALL[name] for name in names))
+    expected = expected_rows(*(SMALL[name] for name in (*names, "direct_reasoning_fraction")))
     written = {file: sum(row["split"] == "train" for row in read(world, file)) for file in expected}
     assert expected["pretrain"] == written["pretrain"]
     assert expected["prompts"] == written["prompts"]
     assert abs(expected["sft"] - written["sft"]) <= 0.1 * written["sft"]
+
+
+def test_some_reasoning_questions_are_asked_directly_too_and_nothing_else_changes(world, tmp_path):
+    build_miniworld(tmp_path, **SMALL | {"direct_reasoning_fraction": 0.0})
+    plain, rows = read(tmp_path, "sft"), read(world, "sft")
+    added = [row for row in rows if row["id"] not in {other["id"] for other in plain}]
+    assert [row for row in rows if row not in added] == plain
+    assert 3 <= len(added) <= 17  # of 20 scenes, half of them on average
+    for row in added:
+        text, end = row["conversations"][0]["value"].rsplit("\n", 1)
+        assert row["split"] == "train"
+        assert end == "Answer the question using a single word or phrase."
+        reasoned = [r for r in plain if r["image"] == row["image"] and r["conversations"][0]["value"].startswith(text)]
+        assert [r["answer"] for r in reasoned] == [row["answer"]] == [row["conversations"][1]["value"]]
 
 
 def test_training_changes_are_asked_both_ways_round(world):

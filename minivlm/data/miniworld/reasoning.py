@@ -6,6 +6,9 @@ from minivlm.data.miniworld.questions import Question, count_of
 from minivlm.data.miniworld.scene import COLOURS, Scene
 
 PROMPT = "Think step by step and end with 'Final answer: ..'."
+DIRECT_PROMPT = "Answer the question using a single word or phrase."
+"""As LLaVA asks for short answers (arXiv:2310.03744)."""
+
 MAX_POINTS = 7
 FIND_SHARE = 0.5
 """Share of answers that name every shape before they count."""
@@ -42,6 +45,12 @@ def ask_reasoning(scene: Scene, random: Random) -> Question:
         lines.insert(0, f"Find {' and '.join(names)}: {shapes}")
     response = "\n".join([*lines, f"Final answer: {total}"])
     return Question("reasoning", f"{text} {PROMPT}", str(total), response)
+
+
+def ask_directly(question: Question) -> Question:
+    """The same reasoning question with the number alone as answer."""
+    text = f"{question.text.removesuffix(PROMPT).rstrip()}\n{DIRECT_PROMPT}"
+    return Question(question.task, text, question.answer, question.answer)
 
 
 def _draw_colours(scene: Scene, random: Random, number: int) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 from minivlm.data.miniworld.changes import DIFFERENCES, EVENTS, draw_difference, draw_sequence
 from minivlm.data.miniworld.draw import draw_picture
 from minivlm.data.miniworld.questions import ASK, Question, caption, colours_of, counts_of, sides_of
-from minivlm.data.miniworld.reasoning import ask_reasoning
+from minivlm.data.miniworld.reasoning import ask_directly, ask_reasoning
 from minivlm.data.miniworld.scene import GRID, Scene, draw_scene
 
 FILES = ("pretrain", "sft", "prompts")
@@ -59,6 +59,7 @@ class _Recipe:
     image_size_px: int
     max_objects: int
     reasoning_max_objects: int
+    direct_reasoning_fraction: float
     chinese_fraction: float
 
 
@@ -77,6 +78,7 @@ def build_miniworld(
     image_size_px: int,
     max_objects: int,
     reasoning_max_objects: int,
+    direct_reasoning_fraction: float,
     chinese_fraction: float,
 ) -> dict[str, int]:
     """Write `images/*.png`, `pretrain.json` (captions), `sft.json` (questions) and `prompts.json` into `out_dir`.
@@ -92,7 +94,9 @@ def build_miniworld(
         ValueError: sizes that cannot be drawn.
     """
     _check(image_size_px, max_objects, reasoning_max_objects, questions_per_scene)
-    recipe = _Recipe(seed, image_size_px, max_objects, reasoning_max_objects, chinese_fraction)
+    recipe = _Recipe(
+        seed, image_size_px, max_objects, reasoning_max_objects, direct_reasoning_fraction, chinese_fraction
+    )
     plan = [
         *_plan_split("train", train_scenes, change_scenes, reasoning_scenes, questions_per_scene, seed),
         *(Planned("train", "prompt", i, ("reasoning",)) for i in range(prompt_scenes)),
@@ -114,12 +118,18 @@ def build_miniworld(
 
 
 def expected_rows(
-    train_scenes: int, change_scenes: int, reasoning_scenes: int, prompt_scenes: int, questions_per_scene: int
+    train_scenes: int,
+    change_scenes: int,
+    reasoning_scenes: int,
+    prompt_scenes: int,
+    questions_per_scene: int,
+    direct_reasoning_fraction: float,
 ) -> dict[str, int]:
     """Training rows per stage that `build_miniworld` will write; those of SFT on average, as some are drawn by lot."""
     asked = questions_per_scene + CAPTION_SHARE
     per_scene = CONVERSATION_SHARE + (1 - CONVERSATION_SHARE) * asked + DENSE_PER_SCENE
-    sft = round(train_scenes * per_scene) + 4 * change_scenes + 2 * reasoning_scenes
+    per_reasoning = 2 + direct_reasoning_fraction
+    sft = round(train_scenes * per_scene + reasoning_scenes * per_reasoning) + 4 * change_scenes
     return {"pretrain": train_scenes, "sft": sft, "prompts": prompt_scenes}
 
 
@@ -204,6 +214,8 @@ def _reasoning(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[
         return [scene], [("prompts", [0], questions)]
     if planned.split == "train":
         questions.append(ask_reasoning(scene, random))
+        if random.random() < recipe.direct_reasoning_fraction:
+            questions.append(ask_directly(questions[-1]))
     return [scene], [("sft", [0], [question]) for question in questions]
 
 
