@@ -1,27 +1,36 @@
 """Compare SFT on chosen, DPO, BCO, DPO + SFT and MPO on the same pairs, with and without chains of thought.
 
-ray job submit --working-dir . -- python -m jobs.ablation miniworld.direct_reasoning_fraction=1 --seeds 0,1,2
+ray job submit --working-dir . -- python -m jobs.ablation miniworld.direct_reasoning_fraction=1 --seed 0 --seed 1
 """
 
 from pathlib import Path
 
 import typer
 
-from jobs.common import CONFIG, OVERRIDES, run_job
+from jobs.common import CONFIG, DRY_RUN, OVERRIDES, run_job
 from minivlm.config import load_config
-from minivlm.workflow.ablation import run_ablation
+from minivlm.workflow.ablation import describe_plan, run_ablation
 from minivlm.workflow.cluster import connect
+from minivlm.workflow.dry_run import describe
 
-SEEDS = typer.Option("0", help="Values of `seed`, with commas between: each trains a path of its own.")
+SEED = typer.Option([0], "--seed", help="Value of `seed`, repeatable: each trains a whole path of its own.")
 SECOND_ROUND = typer.Option(False, "--second-round", help="MPO once more, on answers of the model after MPO.")
 
 
 def main(
-    overrides: list[str] = OVERRIDES, config: Path = CONFIG, seeds: str = SEEDS, second_round: bool = SECOND_ROUND
+    overrides: list[str] = OVERRIDES,
+    config: Path = CONFIG,
+    seed: list[int] = SEED,
+    second_round: bool = SECOND_ROUND,
+    dry_run: bool = DRY_RUN,
 ) -> None:
-    numbers = [int(seed) for seed in seeds.split(",")]
-    connect(load_config(config, overrides or []))
-    found = run_ablation(config, overrides or [], seeds=numbers, second_round=second_round)
+    settings = load_config(config, overrides or [])
+    if dry_run:
+        print(describe(settings))
+        print(describe_plan(seed, second_round))
+        return
+    connect(settings)
+    found = run_ablation(config, overrides or [], seeds=seed, second_round=second_round)
     print(found.table)
     print(f"table: {found.directory / 'table.md'}; reports: {' '.join(map(str, found.reports))}")
 

@@ -50,6 +50,17 @@ class Ablation:
     reports: tuple[Path, ...]
 
 
+def describe_plan(seeds: Sequence[int], second_round: bool) -> str:
+    """What `run_ablation` would train, in words."""
+    methods = [*METHODS, SECOND_ROUND] if second_round else [*METHODS]
+    lines = [
+        f"{name}: weights of L_p, L_q, L_g {' '.join(map(str, METHODS.get(name, METHODS['MPO'])))}" for name in methods
+    ]
+    return "\n".join(
+        ["", "# ablation", f"seeds {', '.join(map(str, seeds))}, each: pretrain, sft, pairs, then", *lines]
+    )
+
+
 def run_ablation(path: Path, overrides: Sequence[str], *, seeds: Sequence[int], second_round: bool) -> Ablation:
     """Train and evaluate every method for every seed.
 
@@ -64,7 +75,7 @@ def run_ablation(path: Path, overrides: Sequence[str], *, seeds: Sequence[int], 
         ConfigError: no seed, a seed twice, or questions that no direct answer was taught for.
     """
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"an ablation needs different seeds, not {list(seeds)}: type --seeds 0,1,2")
+        raise ConfigError(f"an ablation needs different seeds, not {list(seeds)}: type --seed 0 --seed 1")
     config = load_config(path, overrides)
     if config.uses_miniworld and not config.miniworld.direct_reasoning_fraction:
         raise ConfigError(
