@@ -50,6 +50,12 @@ class Ablation:
     reports: tuple[Path, ...]
 
 
+def method_overrides(name: str) -> list[str]:
+    """Settings that make the MPO stage the method `name` of `METHODS`."""
+    keys = ("dpo_weight", "bco_weight", "sft_weight")
+    return [f"train.mpo.{key}={weight}" for key, weight in zip(keys, METHODS[name], strict=True)]
+
+
 def describe_plan(seeds: Sequence[int], second_round: bool) -> str:
     """What `run_ablation` would train, in words."""
     methods = [*METHODS, SECOND_ROUND] if second_round else [*METHODS]
@@ -61,7 +67,7 @@ def describe_plan(seeds: Sequence[int], second_round: bool) -> str:
     )
 
 
-def run_ablation(path: Path, overrides: Sequence[str], *, seeds: Sequence[int], second_round: bool) -> Ablation:
+def run_ablation(path: Path, overrides: list[str], *, seeds: Sequence[int], second_round: bool) -> Ablation:
     """Train and evaluate every method for every seed.
 
     Args:
@@ -103,28 +109,23 @@ def run_ablation(path: Path, overrides: Sequence[str], *, seeds: Sequence[int], 
     return Ablation(table, directory, tuple(reports))
 
 
-def _one_seed(path: Path, overrides: Sequence[str], second_round: bool) -> dict[str, Path]:
+def _one_seed(path: Path, overrides: list[str], second_round: bool) -> dict[str, Path]:
     """Evaluation folder of each method."""
     base = load_config(path, overrides)
     train(base, "pretrain")
     train(base, "sft")
     build_preferences(base)
     exports = {BASELINE: stage_export(base, "sft")}
-    for name, weights in METHODS.items():
-        exports[name] = _train_mpo(load_config(path, [*overrides, *_as_overrides(weights)]))
+    for name in METHODS:
+        exports[name] = _train_mpo(load_config(path, [*overrides, *method_overrides(name)]))
     if second_round:
-        again = [*overrides, *_as_overrides(METHODS["MPO"]), f"preferences.policy={exports['MPO'].export_dir}"]
+        again = [*overrides, *method_overrides("MPO"), f"preferences.policy={exports['MPO'].export_dir}"]
         config = load_config(path, again)
         build_preferences(config)
         exports[SECOND_ROUND] = _train_mpo(config)
     named = [replace(export, name=name) for name, export in exports.items()]
     folders = evaluate_exports(load_config(path, [*overrides, VARIANTS]), named)
     return dict(zip(exports, folders, strict=True))
-
-
-def _as_overrides(weights: tuple[float, float, float]) -> list[str]:
-    names = ("dpo_weight", "bco_weight", "sft_weight")
-    return [f"train.mpo.{name}={weight}" for name, weight in zip(names, weights, strict=True)]
 
 
 def _train_mpo(config: Config) -> StageExport:

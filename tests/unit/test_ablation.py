@@ -1,8 +1,13 @@
-"""The ablation's table over seeds, from rows and results as evaluations write them."""
+"""The ablation: what its methods share and differ in, and its table over seeds."""
+
+from pathlib import Path
 
 import pytest
 
+from minivlm import layout
+from minivlm.config import ConfigError, load_config
 from minivlm.scoring.ablation import Evaluated, compare_methods, describe_table
+from minivlm.workflow.ablation import METHODS, describe_plan, method_overrides, run_ablation
 
 
 def evaluated(scores: list[int], direct: list[int], *, f1: float = 0.9, tokens: float = 50.0, first: int = 0):
@@ -60,3 +65,34 @@ def test_other_questions_or_seeds_than_the_baselines_are_refused():
         compare_methods({"SFT": [before], "MPO": [evaluated([0, 1], [0, 0], first=5)]}, baseline="SFT")
     with pytest.raises(ValueError, match="2 seeds"):
         compare_methods({"SFT": [before], "MPO": [before, before]}, baseline="SFT")
+
+
+def test_methods_train_on_the_same_pairs_with_other_weights(tiny_config: Path):
+    configs = {name: load_config(tiny_config, method_overrides(name)) for name in METHODS}
+    assert len({layout.pairs_dir(config) for config in configs.values()}) == 1
+    assert len({layout.run_dir(config, "sft") for config in configs.values()}) == 1
+    assert len({layout.run_dir(config, "mpo") for config in configs.values()}) == len(METHODS)
+    settings = configs["MPO"].train.mpo
+    assert (settings.dpo_weight, settings.bco_weight, settings.sft_weight) == (0.8, 0.2, 1.0)
+    alone = configs["SFT on chosen"].train.mpo
+    assert (alone.dpo_weight, alone.bco_weight, alone.sft_weight) == (0.0, 0.0, 1.0)
+
+
+def test_the_plan_names_every_method_and_its_weights():
+    plan = describe_plan([3, 4], second_round=True)
+    assert "seeds 3, 4" in plan
+    assert "MPO, second round: weights of L_p, L_q, L_g 0.8 0.2 1.0" in plan
+    assert all(f"\n{name}: " in plan for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeds", "message"),
+    [
+        (["miniworld.direct_reasoning_fraction=1"], [], "different seeds"),
+        (["miniworld.direct_reasoning_fraction=1"], [1, 1], "type --seed 0 --seed 1"),
+        ([], [0], "miniworld.direct_reasoning_fraction=1"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_runs(tiny_config: Path, overrides, seeds, message):
+    with pytest.raises(ConfigError, match=message):
+        run_ablation(tiny_config, overrides, seeds=seeds, second_round=False)
