@@ -7,6 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from minivlm.config.base import Frozen
 
+VerifierName = Literal["exact", "relaxed", "anls", "choice", "numeric", "vqa"]
+
 
 class SourceConfig(Frozen):
     """Rows that the user brings, in any format that docs/data.md lists."""
@@ -38,6 +40,10 @@ class SourceConfig(Frozen):
     repeat: float = Field(1.0, gt=0, le=100)
     """How often each training row is used: 2.5 is every row twice and half of them once more, 0.25 a quarter of them.
     Times the `repeat_time` of MMPR's meta.json."""
+
+    verifier: VerifierName = "exact"
+    """When a sampled answer to a question of data.prompts (without prompts: of data.sft) is right; docs/preferences.md
+    has the table. `relaxed` is within 5 %, `anls` for texts read from documents, `choice` for letters of options."""
 
     min_rating: dict[str, float] = Field({})
     """Least rating by column, as FineVision's {relevance_ratings: 4}. A column holds a number, or one for each answer:

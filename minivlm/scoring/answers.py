@@ -20,6 +20,7 @@ _CHINESE_DIGITS = {char: value for value, char in enumerate("零一二三四五�
 _CHINESE_WORDS = {"是的": "是", "不是": "否", "对": "是", "不对": "否"}
 _EDGE = " \t\r\n.,;:!?。，、；：！？()[]{}\"'`*$“”‘’「」"
 _ARTICLE = re.compile(r"^(?:a|an|the)\s+(?=\w)")
+_BARE_POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 _COUNT_WITH_CLASSIFIER = re.compile(r"^(\d{1,40}|[零〇一二两三四五六七八九十]{1,3})[个只块张]?$")
 _POLAR = {"yes", "no"}
 
@@ -43,9 +44,10 @@ def extract_answer(text: str) -> str | None:
 def normalize(text: str) -> str:
     """Spelling that does not matter removed: width and case, edge punctuation, a leading article, number words.
 
-    "**The Red circle.**" -> "red circle", "Three" -> "3", "３" -> "3", "三个" -> "3", "1,000" -> "1000", "(A)" -> "a".
+    "**The Red circle.**" -> "red circle", "Three" -> "3", "３" -> "3", "三个" -> "3", "1,000" -> "1000", "(A)" -> "a",
+    ".5" -> "0.5".
     """
-    text = unicodedata.normalize("NFKC", text).casefold().strip(_EDGE)
+    text = _BARE_POINT.sub("0.", unicodedata.normalize("NFKC", text).casefold()).strip(_EDGE)
     text = _ARTICLE.sub("", re.sub(r"\s+", " ", text))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     text = " ".join(_NUMBER_WORDS.get(word, word) for word in text.split(" "))
@@ -77,6 +79,19 @@ def is_correct(answer_text: str, truth: str) -> bool:
         return words[:1] == [expected] and len(_POLAR & set(words)) == 1
     left, right = _number(given), _number(expected)
     return left is not None and right is not None and math.isclose(left, right, rel_tol=1e-9, abs_tol=1e-12)
+
+
+def mentions(answer: str, truth: str) -> bool:
+    """Whether an answer contains the truth ("dog" in "a dog and a cat"), both normalised.
+
+    Latin words and numbers must occur as a whole (1 is not in 10, nor 2 in 2.5), Chinese as a substring.
+    """
+    inner, outer = normalize(truth), normalize(answer)
+    if not inner:
+        return False
+    start = r"(?<![a-z0-9.])" if re.match(r"[a-z0-9]", inner) else ""
+    end = r"(?![a-z0-9]|\.\d)" if re.search(r"[a-z0-9]$", inner) else ""
+    return re.search(start + re.escape(inner) + end, outer) is not None
 
 
 def _number(text: str) -> float | None:
