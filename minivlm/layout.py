@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.config import Config, StageName
-from minivlm.storage import content_hash
+from minivlm.storage import content_hash, file_sha256
 
 
 def miniworld_dir(config: Config) -> Path:
@@ -156,7 +156,7 @@ def _data_key(config: Config) -> list[Any]:
     data = config.data
     groups = (data.pretrain, data.sft, data.prompts, data.mpo)
     files = [_location_key(source.path) for group in groups for source in group]
-    given = [[source.model_dump(mode="json", exclude=_DRAWING) for source in group] for group in groups]
+    given = [[source.model_dump(mode="json", exclude={*_DRAWING, "verifier"}) for source in group] for group in groups]
     kept = [[sorted(source.min_rating) for source in group] for group in groups]
     rest = data.model_dump(mode="json", exclude={"pretrain", "sft", "prompts", "mpo", "mixture", "features"})
     world = _values(config.miniworld) if config.uses_miniworld else None
@@ -196,5 +196,20 @@ def _run_key(config: Config, stage: StageName) -> list[Any]:
 
 
 def _pairs_key(config: Config) -> list[Any]:
-    draws = [_draw_key(config, stage) for stage in ("prompts", "mpo")]
-    return [_run_key(config, "sft"), _values(config.preferences), draws]
+    draws = [_draw_key(config, stage) for stage in ("pretrain", "sft", "prompts", "mpo")]
+    verifiers = [[source.verifier for source in group] for group in (config.data.prompts, config.data.sft)]
+    settings = config.preferences.model_dump(mode="json", exclude={"policy"})
+    return [_policy_key(config), settings, draws, verifiers]
+
+
+def _policy_key(config: Config) -> list[Any]:
+    """What determines the model that answers: the SFT run, or the weights that were given instead, wherever they lie.
+
+    A checkpoint's manifest holds the digest of every file; of other folders sizes and times must do.
+    """
+    policy = config.preferences.policy
+    if policy is None:
+        return _run_key(config, "sft")
+    manifest = policy.expanduser().absolute().parent / "manifest.json"
+    weights = [file_sha256(manifest)] if manifest.is_file() else _location_key(str(policy))
+    return [weights, *_tower_key(config), _values(config.model)]

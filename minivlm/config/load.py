@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from minivlm.config.base import STAGE_NAMES, ConfigError, Frozen
 from minivlm.config.data import DataConfig, MiniworldConfig, StageMixture, TokenizerConfig
 from minivlm.config.model import ClipConfig, ModelConfig
+from minivlm.config.preferences import PreferencesConfig
 from minivlm.config.run import ClusterConfig, EvaluationConfig, ServeConfig, TrackingConfig, TuneConfig
-from minivlm.config.train import PreferencesConfig, StageConfig, TrainConfig
+from minivlm.config.train import StageConfig, TrainConfig
 
 
 def _default_storage() -> Path:

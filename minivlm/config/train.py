@@ -1,4 +1,4 @@
-"""Settings of the three training stages and of the preference pairs between them."""
+"""Settings of the three training stages."""
 
 from typing import Any, Literal
 
@@ -234,25 +234,3 @@ def _lora_problem(key: str, stage: StageConfig, lora: LoraConfig, train: TrainCo
             f"type {key}.lora.quantization=none"
         )
     return None
-
-
-class PreferencesConfig(Frozen):
-    """How the cluster builds chosen/rejected pairs from the SFT model's answers."""
-
-    num_samples: PositiveInt = 8
-    """Answers sampled per question."""
-
-    temperature: PositiveFloat = 1.0
-    top_k: PositiveInt = 50
-    max_new_tokens: PositiveInt = 96
-    max_pairs_per_question: PositiveInt = 2
-    """MMPR's own cap is 15."""
-
-    max_questions: PositiveInt | None = None
-    """Use only so many prompts."""
-
-    min_pairs: PositiveInt = 8
-    """Fewer pairs than this fail the job: MPO would learn nothing."""
-
-    batch_size: PositiveInt = 256
-    """Sequences decoded together by one actor."""

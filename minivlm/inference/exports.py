@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minivlm.config import Config, ConfigError, StageName
-from minivlm.layout import run_dir
+from minivlm.data.tokenizer import load_tokenizer
+from minivlm.layout import run_dir, tokenizer_path
 from minivlm.storage import file_sha256
 
 
@@ -68,3 +69,52 @@ def folder_export(name: str, folder: Path) -> StageExport:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     digests = [[path.relative_to(folder).as_posix(), file_sha256(path)] for path in files]
     return StageExport(name, None, folder, folder, hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16])
+
+
+def policy_export(config: Config) -> StageExport:
+    """The model that answers questions, is MPO's reference and gives its initial weights: preferences.policy, else SFT.
+
+    Raises:
+        FileNotFoundError: SFT did not finish, or there is no such folder.
+        ConfigError: the folder holds no export, or one of another tokenizer.
+    """
+    given = config.preferences.policy
+    if given is None:
+        return stage_export(config, "sft")
+    folder = given.expanduser().absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No folder {folder}. Type preferences.policy=EXPORT, as the mpo or sft job printed it")
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        inner = " (its `export` folder?)" if (folder / "export").is_dir() else ""
+        raise ConfigError(f"preferences.policy={folder} holds no config.json with safetensors, so no export{inner}")
+    own = load_tokenizer(tokenizer_path(config))
+    if load_tokenizer(folder).get_vocab() != own.get_vocab():
+        raise ConfigError(
+            f"preferences.policy={folder} has another tokenizer than these settings, which would garble every answer: "
+            f"add tokenizer.path={folder}"
+        )
+    manifest = folder.parent / "manifest.json"
+    if manifest.is_file():
+        return StageExport("policy", None, folder.parent, folder, file_sha256(manifest)[:16])
+    return folder_export("policy", folder)
+
+
+def check_reference(folder: Path, export: StageExport) -> None:
+    """Refuse pairs whose reference log-probabilities another checkpoint computed.
+
+    Args:
+        folder: of the pairs.
+
+    Raises:
+        ConfigError: they are stale, or there are none.
+    """
+    path = folder / "reference.json"
+    if not path.exists():
+        raise ConfigError(f"{folder} has no reference log-probabilities. Run: python -m jobs.preferences")
+    stored = json.loads(path.read_text())["reference"]
+    if stored != export.reference:
+        raise ConfigError(
+            f"{folder} holds reference log-probabilities of checkpoint {stored}, but MPO would start from "
+            f"{export.reference} ({export.checkpoint_dir}): a wrong reference. Delete {folder} and run: "
+            "python -m jobs.preferences"
+        )

@@ -50,10 +50,13 @@ def judge_continuation(
         (prefix and continuation as text, "") or (None, reason).
     """
     written, known = _text(tokenizer, [*prefix, *continuation]), _text(tokenizer, prefix)
+    answer = _text(tokenizer, answer_ids)
     if not continuation or written == known:
         return None, "continuation_empty"
-    if written == _text(tokenizer, answer_ids):
+    if written == answer:
         return None, "continuation_identical"
+    if _BROKEN in answer:
+        return None, "open_answer_broken_text"
     if _BROKEN in written:
         return None, "continuation_broken_text"
     return written, ""

@@ -1,4 +1,5 @@
-"""Preference pairs on disk: parquet rows for this system, MMPR jsonl for others (and back through data.mpo)."""
+"""Preference pairs on disk: parquet rows for this system, MMPR jsonl for others (and back through data.mpo); questions
+for another round."""
 
 import json
 import os
@@ -11,8 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minivlm.data.samples import PAIR_SCHEMA
-from minivlm.schema import IMAGE_PLACEHOLDER, PreferencePair
+from minivlm.schema import IMAGE_PLACEHOLDER, PreferencePair, Sample
 from minivlm.storage import write_bytes, write_json
+
+MMPR_NAMES = {
+    "correctness": "minivlm_correctness_rules",
+    "format": "minivlm_format_rules",
+    "dropout_ntp": "minivlm_dropout_ntp",
+}
+"""`kind` of a pair -> the entry of mmpr_meta.json and the file that hold it."""
 
 SCHEMA = pa.schema([column for column in PAIR_SCHEMA if column.name not in ("file", "row")])
 
@@ -39,25 +47,61 @@ def read_pairs(path: Path) -> list[PreferencePair]:
 
 
 def write_mmpr(folder: Path, pairs: Sequence[PreferencePair]) -> None:
-    """mmpr.jsonl in MMPR's format and mmpr_meta.json naming it; `image` is relative to the meta's `root`.
+    """One jsonl file in MMPR's format for each kind of pairs, and mmpr_meta.json naming them; files of kinds that there
+    are no pairs of are removed.
 
-    A picture at the start of the question is implied by `image`, as in MMPR.
+    `image` is relative to the meta's `root`; a picture at the start of the question is implied by it, as in MMPR. The
+    question is the one that was asked, with its request for reasoning.
     """
-    parents = [os.path.dirname(image) for pair in pairs for image in pair.images]
-    root = os.path.commonpath(parents) if parents else str(folder)
-    lines = []
-    for pair in pairs:
-        images = [os.path.relpath(image, root) for image in pair.images]
-        row: dict[str, Any] = {"id": pair.pair_id, "question": _without_leading_picture(pair)}
-        row |= {"chosen": pair.chosen, "rejected": pair.rejected, "answer_gt": pair.answer, "kind": pair.kind}
-        picture = {"image": images[0] if len(images) == 1 else images} if images else {}
-        lines.append(json.dumps(picture | row, ensure_ascii=False) + "\n")
-    write_bytes(folder / "mmpr.jsonl", "".join(lines).encode())
-    entry = {"root": root, "annotation": str(folder / "mmpr.jsonl"), "data_augment": False, "repeat_time": 1}
-    write_json(folder / "mmpr_meta.json", {"minivlm_pairs": entry | {"length": len(pairs)}})
+    root = _common_root(folder, [image for pair in pairs for image in pair.images])
+    meta: dict[str, Any] = {}
+    for kind, name in MMPR_NAMES.items():
+        rows = [
+            _picture(pair.images, root)
+            | {"id": pair.pair_id, "question": _without_leading_picture(pair.question, len(pair.images))}
+            | {"chosen": pair.chosen, "rejected": pair.rejected, "answer_gt": pair.answer, "kind": pair.kind}
+            for pair in pairs
+            if pair.kind == kind
+        ]
+        path = folder / f"{name}.jsonl"
+        if rows:
+            meta[name] = _write_rows(path, rows, root)
+        else:
+            path.unlink(missing_ok=True)
+    write_json(folder / "mmpr_meta.json", meta)
 
 
-def _without_leading_picture(pair: PreferencePair) -> str:
-    if len(pair.images) == 1 and pair.question.startswith(IMAGE_PLACEHOLDER):
-        return pair.question.removeprefix(IMAGE_PLACEHOLDER).lstrip("\n")
-    return pair.question
+def write_unsolved(folder: Path, samples: Sequence[Sample]) -> None:
+    """unsolved.jsonl: questions that no sampled answer was right for, as MMPR's pipeline reads its prompts, and
+    unsolved_meta.json with their pictures' root, for `data.prompts: [{path: .., split: train}]` of another round."""
+    root = _common_root(folder, [image for sample in samples for image in sample.images])
+    rows = []
+    for sample in samples:
+        question = next(message.content for message in sample.messages if message.role == "user")
+        row: dict[str, Any] = {"id": sample.sample_id}
+        row |= {"question": _without_leading_picture(question, len(sample.images))}
+        row |= {"answer": sample.answer, "task": sample.task, "language": sample.language}
+        rows.append(_picture(sample.images, root) | row)
+    entry = _write_rows(folder / "unsolved.jsonl", rows, root)
+    write_json(folder / "unsolved_meta.json", {"unsolved": entry})
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]], root: str) -> dict[str, Any]:
+    """The catalogue's entry of the file."""
+    write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return {"root": root, "annotation": str(path), "data_augment": False, "repeat_time": 1, "length": len(rows)}
+
+
+def _common_root(folder: Path, images: Sequence[str]) -> str:
+    return os.path.commonpath([os.path.dirname(image) for image in images]) if images else str(folder)
+
+
+def _picture(images: Sequence[str], root: str) -> dict[str, Any]:
+    names = [os.path.relpath(image, root) for image in images]
+    return {"image": names[0] if len(names) == 1 else names} if names else {}
+
+
+def _without_leading_picture(question: str, num_images: int) -> str:
+    if num_images == 1 and question.startswith(IMAGE_PLACEHOLDER):
+        return question.removeprefix(IMAGE_PLACEHOLDER).lstrip("\n")
+    return question

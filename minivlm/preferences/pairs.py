@@ -6,17 +6,42 @@ would drop 1 against 10), and format pairs are limited to a share of all pairs.
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from minivlm.scoring.answers import MARKER, extract_answer, is_correct, normalize
+from minivlm.scoring.answers import MARKER, extract_answer, mentions
+from minivlm.scoring.prompts import Style, parse_response
+from minivlm.scoring.verifiers import fix_answer, verify
 
 Verdict = Literal["right", "wrong", "malformed"]
 FORMAT_SHARE = 0.2
-"""Most format pairs, as a share of all pairs."""
+"""Most format pairs, as a share of all pairs of questions with a known answer."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question asked for, and how its answers are checked.
+
+    `reasoned`: the question itself asks for `Final answer: ..`; `style`: it was wrapped into this prompt, which decides
+    instead. `verifier` is one of `minivlm.scoring.verifiers`; `fixes` lets right answers take the truth's spelling.
+    """
+
+    truth: str
+    reasoned: bool
+    style: Style | None = None
+    verifier: str = "exact"
+    fixes: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One sampled answer: its verdict, its text as a pair would hold it, and the short answer ("" if malformed)."""
+
+    verdict: Verdict
+    text: str
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,15 +55,16 @@ class Choice:
 
 @dataclass
 class QuestionPairs:
-    """Pairs of one question, and why others were not made."""
+    """Pairs of one question, and why others were not made. `is_unsolved`: no answer was right."""
 
     pairs: list[Choice] = field(default_factory=list)
     drops: Counter[str] = field(default_factory=Counter)
     verdicts: Counter[str] = field(default_factory=Counter)
+    is_unsolved: bool = False
 
 
 def is_well_formed(text: str, *, reasoned: bool) -> bool:
-    """Whether an answer has the asked form.
+    """Whether an answer has the form that a question of no prompt style asks for.
 
     Args:
         text: the answer.
@@ -54,42 +80,53 @@ def is_well_formed(text: str, *, reasoned: bool) -> bool:
     return bool(text[: markers[0].start()].strip(" \n*")) and extract_answer(text) is not None
 
 
-def judge(text: str, truth: str, *, reasoned: bool) -> Verdict:
-    """ "malformed" if the form is broken, else "right" or "wrong" by comparison with the truth."""
-    if not is_well_formed(text, reasoned=reasoned):
-        return "malformed"
-    return "right" if is_correct(text, truth) else "wrong"
+def judge(text: str, asked: Asked) -> Judged:
+    """ "malformed" if the form is broken, else "right" or "wrong" by the question's verifier."""
+    text = text.strip()
+    if asked.style is not None:
+        parsed = parse_response(text, asked.style)
+        answer = parsed.answer if parsed else None
+    elif is_well_formed(text, reasoned=asked.reasoned):
+        answer = extract_answer(text) if asked.reasoned else text
+    else:
+        answer = None
+    if answer is None:
+        return Judged("malformed", text)
+    ends_in_marker = asked.style in ("en", "zh") if asked.style else asked.reasoned
+    if asked.fixes and ends_in_marker and (fixed := fix_answer(text, answer, asked.truth)) != text:
+        return Judged("right", fixed, asked.truth)
+    return Judged("right" if verify(answer, asked.truth, asked.verifier) else "wrong", text, answer)
 
 
 def entails(chosen: str, rejected: str) -> bool:
     """Whether the rejected answer contains the chosen one ("dog" in "a dog and a cat"): then it is not clearly wrong.
 
-    Compared after normalisation; Latin words and numbers must match as a whole, Chinese as a substring.
+    Of texts with a marker, what follows the last one is compared; see `minivlm.scoring.answers.mentions`.
     """
-    inner, outer = normalize(extract_answer(chosen) or chosen), normalize(extract_answer(rejected) or rejected)
-    if not inner:
-        return False
-    start = r"(?<![a-z0-9.])" if re.match(r"[a-z0-9]", inner) else ""
-    end = r"(?![a-z0-9]|\.\d)" if re.search(r"[a-z0-9]$", inner) else ""
-    return re.search(start + re.escape(inner) + end, outer) is not None
+    return mentions(extract_answer(rejected) or rejected, extract_answer(chosen) or chosen)
 
 
-def choose_pairs(answers: Sequence[str], truth: str, *, reasoned: bool, max_pairs: int, seed: str) -> QuestionPairs:
-    """Pairs of one question: right x wrong first, then at most one right x malformed in the room that is left.
+def choose_pairs(
+    answers: Sequence[str], asked: Asked, *, max_pairs: int, max_format_pairs: int = 1, seed: str
+) -> QuestionPairs:
+    """Pairs of one question: right x wrong first, then right x malformed in the room that is left.
 
     Identical texts count once. The choice under the cap is random but a function of `seed` only, and spreads over
     different texts before any is used twice. A question whose answers are all right or all wrong gives none.
     """
     result = QuestionPairs()
     groups: dict[Verdict, list[str]] = {"right": [], "wrong": [], "malformed": []}
-    for text in answers:
-        verdict = judge(text, truth, reasoned=reasoned)
-        result.verdicts[verdict] += 1
-        if text.strip() in groups[verdict]:
+    short: dict[str, str] = {}
+    for written in answers:
+        judged = judge(written, asked)
+        result.verdicts[judged.verdict] += 1
+        if judged.text in groups[judged.verdict]:
             result.drops["identical_text"] += 1
         else:
-            groups[verdict].append(text.strip())
+            groups[judged.verdict].append(judged.text)
+            short[judged.text] = judged.answer
     if not groups["right"]:
+        result.is_unsolved = True
         result.drops["question_without_right_answer"] += 1
         return result
     if not groups["wrong"] and not groups["malformed"]:
@@ -100,7 +137,7 @@ def choose_pairs(answers: Sequence[str], truth: str, *, reasoned: bool, max_pair
         group.sort()
         shuffle(group)
     for chosen, rejected in _spread(groups["right"], groups["wrong"]):
-        if entails(chosen, rejected):
+        if entails(short[chosen], short[rejected]):
             result.drops["entailment"] += 1
         elif len(result.pairs) >= max_pairs:
             result.drops["over_question_cap"] += 1
@@ -108,8 +145,10 @@ def choose_pairs(answers: Sequence[str], truth: str, *, reasoned: bool, max_pair
             result.pairs.append(Choice(chosen, rejected, "correctness"))
     malformed = [text for text in groups["malformed"] if text]
     result.drops["empty_answer"] += len(groups["malformed"]) - len(malformed)
-    if malformed and len(result.pairs) < max_pairs:
-        result.pairs.append(Choice(groups["right"][-1], malformed[0], "format"))
+    room = min(max_pairs - len(result.pairs), max_format_pairs)
+    for place, rejected in enumerate(malformed[: max(room, 0)]):
+        chosen = groups["right"][(-1 - place) % len(groups["right"])]
+        result.pairs.append(Choice(chosen, rejected, "format"))
     return result
 
 

@@ -1,6 +1,8 @@
-"""Reference log-probabilities of the pairs, computed once by the SFT model: MPO then trains with one model in memory.
+"""Reference log-probabilities of the pairs, computed once by the model that MPO starts from (SFT's, or
+preferences.policy): MPO then trains with one model in memory.
 
     pairs/H/tokens            token table for training: entries 2i, 2i+1 are chosen, rejected of pair i, with the values
+    pairs/H/card.md           counts, reasons, lengths and examples for people
     pairs/H/reference.json    which checkpoint computed them; written last
 
 Called by the preferences job after `build_pairs`.
@@ -9,7 +11,7 @@ Called by the preferences job after `build_pairs`.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,87 +24,135 @@ from minivlm.data.errors import DataError
 from minivlm.data.pipeline import prepare_features
 from minivlm.data.settings import num_image_tokens
 from minivlm.data.tokens import EncodedSample, TokenTable
-from minivlm.inference.exports import StageExport, stage_export
+from minivlm.inference.exports import StageExport, check_reference, policy_export
 from minivlm.inference.jobs import score_table
 from minivlm.layout import pairs_dir, tower_path
 from minivlm.log import get_logger
+from minivlm.model.export import load_export_tower
 from minivlm.model.tokenizer import load_tokenizer
-from minivlm.preferences.files import read_pairs, write_pairs
+from minivlm.preferences.card import CARD_FILE, pairs_card
+from minivlm.preferences.dropout_ntp import KIND as BLIND_KIND
+from minivlm.preferences.files import read_pairs, write_mmpr, write_pairs
 from minivlm.schema import Message, PreferencePair
-from minivlm.storage import write_json
+from minivlm.storage import write_bytes, write_json
+
+ScoreTable = Callable[[Path], Sequence[float]]
+"""Folder of a token table -> the log-probability of each entry, in nats."""
 
 _log = get_logger(__name__)
 
 
-def add_reference_logps(config: Config) -> Path:
-    """Encode the pairs and add each answer's log-probability under the SFT checkpoint, also as columns of the parquet.
+def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path:
+    """Encode the pairs and add each answer's log-probability under the model that MPO starts from, also as columns of
+    the parquet file; then write card.md.
 
-    Pairs that cannot be encoded or are longer than model.max_length_tokens are left out, counted and logged.
+    Pairs that cannot be encoded or are longer than model.max_length_tokens are left out, counted and logged; so are,
+    with preferences.dropout_ntp_filter, blindly continued answers that are likelier than the seen one.
+
+    Args:
+        score: how a token table is scored. Default: by the cluster's actors.
 
     Returns:
         The token table's folder.
 
     Raises:
-        FileNotFoundError: no pairs or no finished SFT run.
+        FileNotFoundError: no pairs, no finished SFT run or no such policy.
         ConfigError: the values there are of another checkpoint, or no pair fits.
     """
     folder = pairs_dir(config)
-    export = stage_export(config, "sft")
+    export = policy_export(config)
     tokens_dir = folder / "tokens"
     if (folder / "reference.json").exists():
         check_reference(folder, export)
         return tokens_dir
     pairs = read_pairs(folder / "pairs.parquet")
-    shown = {digest for pair in pairs for digest in pair.image_sha256}
-    cache = prepare_features(config, tower_path(config), shown)
     tokenizer = load_tokenizer(export.export_dir)
     encoded, kept, dropped = encode_pairs(
         pairs, tokenizer, num_image_tokens(config), max_length=config.model.max_length_tokens
     )
-    if dropped:
-        _log.warning("%d of %d pairs left out: %s", dropped.total(), len(pairs), dict(dropped))
     if not encoded:
         raise ConfigError(f"None of {len(pairs)} pairs can be used ({dict(dropped)}): add model.max_length_tokens=1024")
     for stale in (tokens_dir, folder / "tokens-unscored"):
         shutil.rmtree(stale, ignore_errors=True)
     unscored = TokenTable.write(folder / "tokens-unscored", encoded, group_size=2)
-    logps = score_table(
-        unscored.directory,
-        export_dir=export.export_dir,
-        features_dir=cache.directory,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        pack_length=config.train.pack_length_tokens,
-        pool=config.evaluation,
-    )
+    logps = (score or _score_on_cluster(config, export, pairs))(unscored.directory)
     if not np.isfinite(logps).all():
         raise DataError(f"{export.export_dir} gives log-probabilities that are not finite: train sft again")
+    if config.preferences.dropout_ntp_filter:
+        encoded, kept, logps = _filter_blind(pairs, encoded, kept, logps, dropped)
+    if dropped:
+        _log.warning("%d of %d pairs left out: %s", dropped.total(), len(pairs), dict(dropped))
+    scored = _with_columns(pairs, kept, logps, export.reference)
     TokenTable.write(tokens_dir, encoded, group_size=2, reference_logps=logps)
-    write_pairs(folder / "pairs.parquet", _with_columns(pairs, kept, logps, export.reference))
+    write_pairs(folder / "pairs.parquet", scored)
+    if (folder / "mmpr_meta.json").exists():
+        write_mmpr(folder, [scored[position] for position in kept])
     shutil.rmtree(unscored.directory)
-    write_json(
-        folder / "reference.json",
-        {
-            "reference": export.reference,
-            "checkpoint": str(export.checkpoint_dir),
-            "num_pairs": len(encoded) // 2,
-            "dropped": dict(dropped),
-        },
-    )
+    summary = json.loads((folder / "summary.json").read_text())
+    reference = {
+        "reference": export.reference,
+        "checkpoint": str(export.checkpoint_dir),
+        "num_pairs": len(encoded) // 2,
+        "dropped": dict(dropped),
+    }
+    card = pairs_card(folder, summary | reference, [scored[position] for position in kept])
+    write_bytes(folder / CARD_FILE, card.encode())
+    write_json(folder / "reference.json", reference)
     return tokens_dir
 
 
-def check_reference(folder: Path, export: StageExport) -> None:
-    """Refuse reference values that another checkpoint computed.
+def _score_on_cluster(config: Config, export: StageExport, pairs: Sequence[PreferencePair]) -> ScoreTable:
+    def score(table: Path) -> list[float]:
+        cache = prepare_features(config, tower_path(config), {digest for pair in pairs for digest in pair.image_sha256})
+        check_tower(config, export, cache.fingerprint)
+        return score_table(
+            table,
+            export_dir=export.export_dir,
+            features_dir=cache.directory,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+            pack_length=config.train.pack_length_tokens,
+            pool=config.evaluation,
+        )
+
+    return score
+
+
+def _filter_blind(
+    pairs: Sequence[PreferencePair],
+    encoded: Sequence[EncodedSample],
+    kept: Sequence[int],
+    logps: Sequence[float],
+    dropped: Counter[str],
+) -> tuple[list[EncodedSample], list[int], list[float]]:
+    """Without open pairs whose rejected answer is at least as likely as the chosen one, seen with the picture."""
+    units = [
+        unit
+        for unit, position in enumerate(kept)
+        if pairs[position].kind != BLIND_KIND or logps[2 * unit] > logps[2 * unit + 1]
+    ]
+    if len(units) < len(kept):
+        dropped["rejected likelier than chosen"] += len(kept) - len(units)
+    places = [place for unit in units for place in (2 * unit, 2 * unit + 1)]
+    return [encoded[place] for place in places], [kept[unit] for unit in units], [logps[place] for place in places]
+
+
+def check_tower(config: Config, export: StageExport, fingerprint: str) -> None:
+    """Refuse a preferences.policy that was trained behind another tower: our features would mean nothing to it.
+
+    Args:
+        fingerprint: of the tower that made the features.
 
     Raises:
-        ConfigError: they are stale.
+        ConfigError: it was.
     """
-    stored = json.loads((folder / "reference.json").read_text())["reference"]
-    if stored != export.reference:
+    if config.preferences.policy is None:
+        return
+    clip = config.clip
+    tower = load_export_tower(export.export_dir, precision=clip.encode_precision, batch_size=clip.encode_batch_size)
+    if tower.fingerprint != fingerprint:
         raise ConfigError(
-            f"{folder} holds reference log-probabilities of checkpoint {stored}, but sft is now {export.reference} "
-            f"({export.checkpoint_dir}): MPO would start from a wrong reference. Delete {folder} and run: "
-            "python -m jobs.preferences"
+            f"preferences.policy={export.export_dir} was trained behind another vision tower than "
+            f"{tower_path(config)}: type clip.path=FOLDER of the CLIP that it was trained with"
         )
 
 

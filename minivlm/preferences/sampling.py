@@ -1,59 +1,55 @@
-"""Preference pairs for the MPO stage: the SFT model answers training questions, a verifier says which are right.
+"""Preference pairs for the MPO stage: a model answers training questions, a verifier says which answers are right.
 
 Called by the preferences job. What `build_pairs` writes:
 
-    pairs/H/answers/00000.json   answers of one decoding batch; a killed job continues behind the finished ones
-    pairs/H/mmpr.jsonl, mmpr_meta.json   the pairs in MMPR's own format
-    pairs/H/pairs.parquet        PreferencePair rows
-    pairs/H/summary.json         counts and reasons; written last, so that it exists only when all is complete
+    pairs/H/answers/00000.json     answers of one decoding batch; a killed job continues behind the finished ones
+    pairs/H/open/.., blind/..      the same for open questions, and for their answers continued without the picture
+    pairs/H/*_rules.jsonl, minivlm_dropout_ntp.jsonl, mmpr_meta.json   the pairs in MMPR's own format, by their kind
+    pairs/H/unsolved.jsonl, unsolved_meta.json   questions that no answer was right for, as data.prompts reads them
+    pairs/H/pairs.parquet          PreferencePair rows
+    pairs/H/summary.json           counts and reasons; written last, so that it exists only when all is complete
 
 Pairs that the user brings (data.mpo) are taken over as they are.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minivlm.config import Config, ConfigError
 from minivlm.data.draw import drawn_pairs
-from minivlm.data.errors import DataError
-from minivlm.data.pipeline import draw_rows, iter_training_rows, prepare_features
+from minivlm.data.pipeline import draw_rows, prepare_features
+from minivlm.data.tokenizer import load_tokenizer
 from minivlm.inference.actors import Decoding
-from minivlm.inference.committed import Work, finish_answers
-from minivlm.inference.exports import StageExport, stage_export
+from minivlm.inference.committed import AnswerBlocks, Work, finish_answers
+from minivlm.inference.exports import StageExport, policy_export
 from minivlm.inference.jobs import Answer, Request, answer_blocks
 from minivlm.layout import pairs_dir, samples_dir, tower_path
 from minivlm.log import get_logger
-from minivlm.preferences.files import write_mmpr, write_pairs
+from minivlm.preferences.dropout_ntp import KIND, blind_messages, cut_answer, judge_continuation
+from minivlm.preferences.files import write_mmpr, write_pairs, write_unsolved
 from minivlm.preferences.pairs import choose_pairs, keep_minority
-from minivlm.schema import PreferencePair, Sample
-from minivlm.scoring.answers import MARKER
+from minivlm.preferences.questions import Prompt, select_questions, stable_number
+from minivlm.preferences.reference import check_tower
+from minivlm.schema import PreferencePair
 from minivlm.storage import write_json
 
 _log = get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A single-turn question with a known truth. `reasoned` = the answer must end in `Final answer: ..`."""
-
-    sample: Sample
-    truth: str
-    reasoned: bool
-
-
-def build_pairs(config: Config) -> Path:
+def build_pairs(config: Config, answer: AnswerBlocks | None = None) -> Path:
     """Build or take over the pairs of this configuration, once.
+
+    Args:
+        answer: how decoding batches are answered. Default: by the cluster's generation actors.
 
     Returns:
         The pairs folder.
 
     Raises:
-        FileNotFoundError: no finished SFT run.
-        DataError: no question with a known answer.
+        FileNotFoundError: no finished SFT run, or no such policy.
+        DataError: no question that can be asked.
         ConfigError: fewer than preferences.min_pairs came out.
     """
     folder = pairs_dir(config)
@@ -64,146 +60,191 @@ def build_pairs(config: Config) -> Path:
         write_pairs(folder / "pairs.parquet", pairs)
         write_json(folder / "summary.json", {"source": "data.mpo", "num_pairs": len(pairs), **_lengths(pairs)})
         return folder
-    export = stage_export(config, "sft")
-    prompts, skipped = select_prompts(config)
-    texts = _sample_answers(config, export, prompts)
-    pairs, summary = make_pairs(config, prompts, texts)
-    summary |= {"source": "sampled", "prompts_skipped": dict(skipped), "sampled_by": export.reference}
+    export = policy_export(config)
+    questions = select_questions(config)
+    answer = answer or _answer_on_cluster(config, export)
+    texts = _sample_answers(config, export, questions.known, answer)
+    pairs, unsolved, summary = make_pairs(config, questions.known, texts)
+    blind, blind_drops = _dropout_pairs(config, export, questions.open, answer)
+    pairs += blind
+    summary["drops"] |= blind_drops
+    summary |= {
+        "num_pairs": len(pairs),
+        "kinds": dict(Counter(pair.kind for pair in pairs)),
+        "num_open_questions": len(questions.open),
+        "source": "sampled",
+        "prompts_skipped": dict(questions.skipped),
+        "sampled_by": export.reference,
+        **_lengths(pairs),
+    }
     if len(pairs) < config.preferences.min_pairs:
         raise ConfigError(
-            f"Only {len(pairs)} preference pairs came out of {len(prompts)} questions x "
-            f"{config.preferences.num_samples} answers, preferences.min_pairs is {config.preferences.min_pairs}. "
-            f"{_advice(summary)}"
+            f"Only {len(pairs)} preference pairs came out of {len(questions.known)} questions x "
+            f"{config.preferences.num_samples} answers and {len(questions.open)} open questions, "
+            f"preferences.min_pairs is {config.preferences.min_pairs}. {_advice(summary)}"
         )
     write_mmpr(folder, pairs)
+    write_unsolved(folder, [prompt.sample for prompt in unsolved])
     write_pairs(folder / "pairs.parquet", pairs)
     write_json(folder / "summary.json", summary)
-    right = 100 * summary["accuracy"]
-    _log.info("%d pairs from %d questions, %.1f %% of the sampled answers right", len(pairs), len(prompts), right)
+    _log.info(
+        "%d pairs from %d questions, %.1f %% of the sampled answers right, and from %d open questions",
+        *(len(pairs), len(questions.known), 100 * summary["accuracy"], len(questions.open)),
+    )
     return folder
-
-
-def select_prompts(config: Config) -> tuple[list[Prompt], Counter[str]]:
-    """Questions to sample answers for: training rows of `prompts`, else of SFT; only those with a known answer.
-
-    Returns:
-        Prompts by id, at most preferences.max_questions (a seeded choice), and why others were left out.
-
-    Raises:
-        DataError: none is left.
-    """
-    stages = ("prompts", "sft")
-    samples = next((rows for stage in stages if (rows := [*iter_training_rows(config, stage, once=True)])), [])
-    skipped: Counter[str] = Counter()
-    prompts: dict[tuple[Any, ...], Prompt] = {}
-    for sample in sorted((row[0] for row in samples), key=lambda s: _stable(f"{config.seed}/{s.sample_id}")):
-        turns = [message for message in sample.messages if message.role == "user"]
-        if sample.answer is None:
-            skipped["no_known_answer"] += 1
-        elif len(turns) != 1 or sample.messages[0].role != "user":
-            skipped["not_single_turn"] += 1
-        elif (sample.image_sha256, turns[0]) in prompts:
-            skipped["asked_twice"] += 1
-        elif config.preferences.max_questions is not None and len(prompts) >= config.preferences.max_questions:
-            skipped["over_max_questions"] += 1
-        else:
-            reasoned = any(MARKER.search(message.content) for message in sample.messages)
-            prompts[sample.image_sha256, turns[0]] = Prompt(sample, sample.answer, reasoned)
-    if not prompts:
-        raise DataError(
-            f"None of the {len(samples)} training questions in {samples_dir(config)} can be verified "
-            f"({dict(skipped)}). Give rows an `answer`, list a source under data.prompts, or bring pairs under data.mpo"
-        )
-    return sorted(prompts.values(), key=lambda prompt: prompt.sample.sample_id), skipped
 
 
 def make_pairs(
     config: Config, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
-) -> tuple[list[PreferencePair], dict[str, Any]]:
-    """Apply the pair rules to all questions.
+) -> tuple[list[PreferencePair], list[Prompt], dict[str, Any]]:
+    """Apply the pair rules to all questions with a known answer.
 
     Args:
         texts: sampled answers of each prompt.
 
     Returns:
-        Pairs in the order of the prompts, and the counts for summary.json.
+        Pairs in the order of the prompts, questions that no answer was right for, and the counts for summary.json.
     """
+    settings = config.preferences
     pairs: list[PreferencePair] = []
+    unsolved: list[Prompt] = []
     drops: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
+    sampled = Counter(prompt.file for prompt in prompts)
     for prompt, answers in zip(prompts, texts, strict=True):
         sample = prompt.sample
+        assert prompt.asked is not None
+        max_pairs = settings.max_pairs_per_question
+        if sampled[prompt.file] * settings.num_samples > settings.large_source_answers:
+            max_pairs = min(max_pairs, settings.max_pairs_per_large_source_question)
         made = choose_pairs(
             answers,
-            prompt.truth,
-            reasoned=prompt.reasoned,
-            max_pairs=config.preferences.max_pairs_per_question,
+            prompt.asked,
+            max_pairs=max_pairs,
+            max_format_pairs=settings.max_format_pairs_per_question,
             seed=f"{config.seed}/{sample.sample_id}",
         )
         drops += made.drops
         verdicts += made.verdicts
-        question = next(message.content for message in sample.messages if message.role == "user")
+        unsolved += [prompt] if made.is_unsolved else []
         for number, choice in enumerate(made.pairs):
-            pairs.append(
-                PreferencePair(
-                    pair_id=f"{sample.sample_id}-{number}",
-                    images=sample.images,
-                    image_sha256=sample.image_sha256,
-                    question=question,
-                    chosen=choice.chosen,
-                    rejected=choice.rejected,
-                    answer=prompt.truth,
-                    kind=choice.kind,
-                )
-            )
+            pairs.append(_pair(prompt, number, choice.chosen, choice.rejected, choice.kind))
     kept = keep_minority([pair.kind for pair in pairs], seed=config.seed)
     drops["format_over_minority"] += len(pairs) - len(kept)
     pairs = [pairs[i] for i in kept]
     total = verdicts.total()
     summary = {
-        "num_pairs": len(pairs),
-        "kinds": dict(Counter(pair.kind for pair in pairs)),
         "num_questions": len(prompts),
+        "num_unsolved": len(unsolved),
         "num_samples": total,
-        "accuracy": verdicts["right"] / total,
-        "malformed": verdicts["malformed"] / total,
+        "accuracy": verdicts["right"] / max(total, 1),
+        "malformed": verdicts["malformed"] / max(total, 1),
         "drops": {reason: count for reason, count in sorted(drops.items()) if count},
     }
-    return pairs, summary | _lengths(pairs)
+    return pairs, unsolved, summary
 
 
-def _sample_answers(config: Config, export: StageExport, prompts: Sequence[Prompt]) -> list[list[str]]:
-    """Answers of each prompt, in the order of their number; finished batches are read, the others asked for."""
+def _dropout_pairs(
+    config: Config, export: StageExport, prompts: Sequence[Prompt], answer: AnswerBlocks
+) -> tuple[list[PreferencePair], dict[str, int]]:
+    """Pairs of open questions: the answer with the picture against its first part, continued without."""
     settings = config.preferences
-    decoding = Decoding(settings.max_new_tokens, settings.temperature, settings.top_k)
+    if not prompts:
+        return [], {}
+    tokenizer = load_tokenizer(export.export_dir)
+    shown = _finish(config, export, "open", [_request(config, export, i, p) for i, p in enumerate(prompts)], answer)
+    drops: Counter[str] = Counter()
+    prefixes: dict[int, tuple[int, ...]] = {}
+    for index in range(len(prompts)):
+        seen = shown[f"{index}/0"]
+        if len(seen.token_ids) >= settings.max_new_tokens:
+            drops["open_answer_unfinished"] += 1
+        elif prefix := cut_answer(seen.token_ids, tokenizer, ratio=settings.dropout_ntp_ratio):
+            prefixes[index] = prefix
+        else:
+            drops["open_answer_too_short"] += 1
+    requests = [
+        Request(
+            row_id=f"{index}/0",
+            export_dir=export.export_dir,
+            messages=blind_messages(prompts[index].messages),
+            image_sha256=(),
+            seed=stable_number(f"{config.seed}/{prompts[index].sample.sample_id}/blind"),
+            response_prefix=prefix,
+        )
+        for index, prefix in prefixes.items()
+    ]
+    blind = _finish(config, export, "blind", requests, answer)
+    pairs = []
+    for index, prefix in prefixes.items():
+        seen, unseen = shown[f"{index}/0"], blind[f"{index}/0"]
+        rejected, reason = judge_continuation(seen.token_ids, prefix, unseen.token_ids, tokenizer)
+        if rejected is None:
+            drops[reason] += 1
+        else:
+            pairs.append(_pair(prompts[index], 0, seen.text, rejected, KIND))
+    return pairs, dict(drops)
 
+
+def _pair(prompt: Prompt, number: int, chosen: str, rejected: str, kind: str) -> PreferencePair:
+    return PreferencePair(
+        pair_id=f"{prompt.sample.sample_id}-{number}",
+        images=prompt.sample.images,
+        image_sha256=prompt.sample.image_sha256,
+        question=prompt.question,
+        chosen=chosen,
+        rejected=rejected,
+        answer=prompt.asked.truth if prompt.asked else None,
+        kind=kind,
+    )
+
+
+def _sample_answers(
+    config: Config, export: StageExport, prompts: Sequence[Prompt], answer: AnswerBlocks
+) -> list[list[str]]:
+    """Answers of each prompt, in the order of their number; finished batches are read, the others asked for."""
+    numbers = range(config.preferences.num_samples)
+    requests = [_request(config, export, i, prompt, n) for i, prompt in enumerate(prompts) for n in numbers]
+    found = _finish(config, export, "answers", requests, answer)
+    return [[found[f"{i}/{number}"].text for number in numbers] for i in range(len(prompts))]
+
+
+def _request(config: Config, export: StageExport, index: int, prompt: Prompt, number: int = 0) -> Request:
+    return Request(
+        row_id=f"{index}/{number}",
+        export_dir=export.export_dir,
+        messages=prompt.messages,
+        image_sha256=prompt.sample.image_sha256,
+        seed=stable_number(f"{config.seed}/{prompt.sample.sample_id}/{number}"),
+    )
+
+
+def _finish(
+    config: Config, export: StageExport, name: str, requests: Sequence[Request], answer: AnswerBlocks
+) -> dict[str, Answer]:
+    [found] = finish_answers(
+        [Work(pairs_dir(config) / name, export.reference, requests)],
+        answer,
+        decoding=_decoding(config),
+        batch_size=config.preferences.batch_size,
+        title=f"sample {name}",
+    )
+    return found
+
+
+def _answer_on_cluster(config: Config, export: StageExport) -> AnswerBlocks:
     def answer(blocks: Sequence[Sequence[Request]]) -> Iterator[list[Answer]]:
         shown = {digest for block in blocks for request in block for digest in request.image_sha256}
-        features = prepare_features(config, tower_path(config), shown).directory
-        return answer_blocks(blocks, features_dir=features, decoding=decoding, pool=config.evaluation)
+        cache = prepare_features(config, tower_path(config), shown)
+        check_tower(config, export, cache.fingerprint)
+        return answer_blocks(blocks, features_dir=cache.directory, decoding=_decoding(config), pool=config.evaluation)
 
-    work = Work(pairs_dir(config) / "answers", export.reference, _requests(config, export, prompts))
-    [found] = finish_answers([work], answer, decoding=decoding, batch_size=settings.batch_size, title="sample answers")
-    return [[found[f"{i}/{number}"].text for number in range(settings.num_samples)] for i in range(len(prompts))]
-
-
-def _requests(config: Config, export: StageExport, prompts: Sequence[Prompt]) -> list[Request]:
-    return [
-        Request(
-            row_id=f"{index}/{number}",
-            export_dir=export.export_dir,
-            messages=tuple(message for message in prompt.sample.messages if message.role == "user"),
-            image_sha256=prompt.sample.image_sha256,
-            seed=_stable(f"{config.seed}/{prompt.sample.sample_id}/{number}"),
-        )
-        for index, prompt in enumerate(prompts)
-        for number in range(config.preferences.num_samples)
-    ]
+    return answer
 
 
-def _stable(text: str) -> int:
-    """A 31-bit number that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+def _decoding(config: Config) -> Decoding:
+    settings = config.preferences
+    return Decoding(settings.max_new_tokens, settings.temperature, settings.top_k)
 
 
 def _lengths(pairs: Sequence[PreferencePair]) -> dict[str, float]:

@@ -34,6 +34,7 @@ from minivlm.data.pipeline import build_tokens, encoding, prepare_features
 from minivlm.data.settings import tower_shape
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import TokenTable
+from minivlm.inference.exports import check_reference, policy_export
 from minivlm.log import get_logger
 from minivlm.model.checkpoint import MANIFEST, newest_complete
 from minivlm.schema import IMAGE_PLACEHOLDER
@@ -131,8 +132,7 @@ def make_job(config: Config, stage: StageName) -> StageJob:
     Raises:
         TrainingError: the previous stage, the preference pairs or the vision tower are not there.
     """
-    previous = STAGES[stage].previous
-    initial_export = finished_stage(config, previous).export_dir if previous else None
+    initial_export = _initial_export(config, stage)
     tower_path = layout.tower_path(config)
     if config.clip.path is None and not Path(tower_path).is_dir():
         raise TrainingError(f"No vision tower under {tower_path}. Run: python -m jobs.clip")
@@ -164,6 +164,14 @@ def make_job(config: Config, stage: StageName) -> StageJob:
     )
 
 
+def _initial_export(config: Config, stage: StageName) -> Path | None:
+    """What the stage starts from: the previous one's export, in a further round of MPO that of preferences.policy."""
+    previous = STAGES[stage].previous
+    if stage == "mpo" and config.preferences.policy is not None:
+        return policy_export(config).export_dir
+    return finished_stage(config, previous).export_dir if previous else None
+
+
 def _tables(config: Config, stage: StageName) -> tuple[Path, Path | None]:
     if stage != "mpo":
         val_table = build_tokens(config, stage, "val")
@@ -173,6 +181,7 @@ def _tables(config: Config, stage: StageName) -> tuple[Path, Path | None]:
         raise TrainingError(
             f"No preference pairs with reference log-probabilities under {table}. Run: python -m jobs.preferences"
         )
+    check_reference(table.parent, policy_export(config))
     return table, None
 
 

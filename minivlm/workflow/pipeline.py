@@ -43,7 +43,7 @@ def _run_steps(config: Config, run: Run, *, sweep: bool) -> None:
         _timed("sweep", lambda: steps.sweep(config, run), lambda found: f"best: {' '.join(found.reproduce)}")
     for stage in STAGE_NAMES:
         if stage == "mpo":
-            _timed("pairs", lambda: steps.build_preferences(config), str)
+            _timed("pairs", lambda: steps.build_preferences(config, run), str)
         _timed(
             stage,
             lambda stage=stage: steps.train(config, stage, run),  # type: ignore[misc]

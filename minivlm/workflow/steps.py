@@ -15,6 +15,7 @@ from minivlm.evaluation.report import write_report
 from minivlm.evaluation.results import read_results
 from minivlm.evaluation.runner import evaluate_exports
 from minivlm.inference.exports import folder_export, stage_export
+from minivlm.preferences.card import CARD_FILE, pairs_metrics
 from minivlm.preferences.reference import add_reference_logps
 from minivlm.preferences.sampling import build_pairs
 from minivlm.tracking.card import result_metrics
@@ -72,11 +73,17 @@ def train(config: Config, stage: StageName, parent: Run | None = None) -> StageR
         return run_stage(config, stage)
 
 
-def build_preferences(config: Config) -> Path:
-    """Preference pairs from the SFT model's answers (or the user's MMPR rows) with reference log-probabilities."""
+def build_preferences(config: Config, parent: Run | None = None) -> Path:
+    """Preference pairs from a model's own answers (or the user's MMPR rows) with reference log-probabilities; counts
+    and card go to MLflow."""
+    check_tracking(config)
     prepare(config)
-    build_pairs(config)
-    return add_reference_logps(config)
+    folder = build_pairs(config)
+    tokens = add_reference_logps(config)
+    with start_run(config, "preferences", key=folder.name, parent=parent) as run:
+        run.log_metrics(pairs_metrics(folder))
+        run.log_artifact(folder / CARD_FILE)
+    return tokens
 
 
 def finished_stages(config: Config) -> list[StageName]:

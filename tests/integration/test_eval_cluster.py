@@ -39,6 +39,9 @@ from minivlm.storage import file_sha256, write_json
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 NUM_PICTURES = 24
+NUM_CAPTIONS = 12
+"""Training captions: so many open questions."""
+
 SETTINGS = [
     "clip.image_size_px=16", "clip.patch_size_px=8", "clip.encode_batch_size=8",
     "evaluation.max_new_tokens=8", "evaluation.batch_size=16", "evaluation.threads_per_actor=1",
@@ -59,6 +62,7 @@ def toy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     root = tmp_path_factory.mktemp("toy")
     (root / "empty.yaml").write_text("")
     overrides = [f"storage_path={root / 'store'}", f"clip.path={root / 'clip'}", *SETTINGS]
+    overrides.append(f"tokenizer.path={root / 'tokenizer'}")
     config = load_config(root / "empty.yaml", overrides)
     samples = _draw_samples(root)
     samples_dir(config).mkdir(parents=True)
@@ -94,7 +98,10 @@ def _draw_samples(root: Path) -> list[Sample]:
             turns = (Message("user", "<image>\nWhich colour?"), Message("assistant", word))
             samples.append(Sample(f"{stage}-{split}-{number}", *place, turns, stage, split, "colour", "en", word))
         turns = (Message("user", "<image>\nDescribe it."), Message("assistant", f"It is {word}."))
-        samples.append(Sample(f"caption-{number}", *place, turns, "pretrain", "test", "caption"))
+        splits = ("train", "test") if number < NUM_CAPTIONS else ("test",)
+        samples += [
+            Sample(f"caption-{split}-{number}", *place, turns, "pretrain", split, "caption") for split in splits
+        ]
     return samples
 
 
@@ -187,7 +194,8 @@ def test_missing_run_names_the_command(toy: Config) -> None:
 def test_pairs_are_right_against_wrong_and_do_not_depend_on_batches_or_on_a_kill(toy: Config) -> None:
     folder = build_pairs(toy)
     pairs = read_pairs(folder / "pairs.parquet")
-    truths = {s["id"]: s for s in map(json.loads, (folder / "mmpr.jsonl").read_text().splitlines())}
+    lines = (folder / "minivlm_correctness_rules.jsonl").read_text().splitlines()
+    truths = {row["id"]: row for row in map(json.loads, lines)}
     for pair in pairs:
         assert pair.chosen == pair.answer == truths[pair.pair_id]["answer_gt"]
         assert pair.rejected != pair.answer
@@ -195,9 +203,12 @@ def test_pairs_are_right_against_wrong_and_do_not_depend_on_batches_or_on_a_kill
     assert summary["num_samples"] == NUM_PICTURES * 6
     assert 0.2 < summary["accuracy"] < 0.8
 
-    settings = toy.preferences.model_copy(update={"batch_size": 20})
-    other = toy.model_copy(update={"preferences": settings})
-    assert read_pairs(build_pairs(other) / "pairs.parquet") == pairs
+    changes = {"batch_size": 20, "policy": stage_export(toy, "sft").export_dir, "dropout_ntp_tasks": ("caption",)}
+    other = toy.model_copy(update={"preferences": toy.preferences.model_copy(update=changes)})
+    again = build_pairs(other)
+    assert again != folder
+    assert [pair for pair in read_pairs(again / "pairs.parquet") if pair.kind != "dropout_ntp"] == pairs
+    _check_open_pairs(again)
 
     chunks = sorted((folder / "answers").iterdir())
     assert len(chunks) == 5
@@ -207,6 +218,18 @@ def test_pairs_are_right_against_wrong_and_do_not_depend_on_batches_or_on_a_kill
     build_pairs(toy)
     assert read_pairs(folder / "pairs.parquet") == pairs
     assert chunks[0].stat().st_mtime_ns == untouched
+
+
+def _check_open_pairs(folder: Path) -> None:
+    """Every training caption became a pair, or is counted under the reason why not."""
+    pairs = [pair for pair in read_pairs(folder / "pairs.parquet") if pair.kind == "dropout_ntp"]
+    summary = json.loads((folder / "summary.json").read_text())
+    dropped = {reason: n for reason, n in summary["drops"].items() if reason.startswith(("open", "continuation"))}
+    assert len(pairs) + sum(dropped.values()) == summary["num_open_questions"] == NUM_CAPTIONS
+    for pair in pairs:
+        assert pair.question == "<image>\nDescribe it."
+        assert pair.chosen != pair.rejected
+        assert pair.chosen[0] == pair.rejected[0]
 
 
 def test_reference_values_equal_a_plain_forward(toy: Config) -> None:

@@ -29,9 +29,11 @@ from minivlm.data.collate import collate
 from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import build_tokens, prepare_tokenizer
 from minivlm.data.tokens import TokenTable
+from minivlm.inference.exports import stage_export
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.export import load_export
 from minivlm.model.vlm import sequence_logps
+from minivlm.storage import write_json
 from minivlm.train.launch import StageResult, check_resources, finish, finished_stage, make_job, run_stage
 from minivlm.train.metrics import METRICS_FILE, read_metrics
 from minivlm.train.stages import TrainingError
@@ -172,6 +174,7 @@ def write_pairs(config: Config) -> None:
     with torch.inference_mode():
         logps = sequence_logps(export.vlm(batch), len(rows))
     TokenTable.write(folder, pairs, group_size=2, reference_logps=logps.tolist())
+    write_json(folder.with_name("reference.json"), {"reference": stage_export(config, "sft").reference})
 
 
 def next_cache(config: Config) -> Path:
@@ -186,6 +189,15 @@ def test_mpo_starts_where_policy_is_reference_and_widens_the_margin(pretrained: 
     assert curve[0]["train/loss"] == pytest.approx(1.2 * math.log(2) + curve[0]["train/loss/sft"], abs=1e-3)
     assert curve[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
     assert curve[-1]["rewards/margins"] > 0.05
+    policy = finished_stage(config, "mpo").export_dir
+    again = config.model_copy(
+        update={"preferences": config.preferences.model_copy(update={"policy": policy})}
+    )  # a second round starts from the first one's weights, and wants its reference values
+    write_pairs(again)
+    with pytest.raises(ConfigError, match="wrong reference"):
+        make_job(again, "mpo")
+    write_json(layout.pairs_dir(again) / "reference.json", {"reference": stage_export(config, "mpo").reference})
+    assert make_job(again, "mpo").initial_export == policy
 
 
 def test_a_finished_stage_is_not_run_again(pretrained: tuple[Config, StageResult]):

@@ -2,11 +2,12 @@
 
 import pytest
 
-from minivlm.preferences.pairs import choose_pairs, entails, is_well_formed, judge, keep_minority
+from minivlm.preferences.pairs import Asked, choose_pairs, entails, is_well_formed, judge, keep_minority
 
 RIGHT = "I see 2 and 1.\nFinal answer: 3"
 WRONG = "I see 2 and 2.\nFinal answer: 4"
 BROKEN = "I see 2 and 1, so 3."
+THREE = Asked("3", reasoned=True)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +35,11 @@ def test_direct_form_has_no_marker() -> None:
 
 
 def test_a_right_value_in_a_broken_form_is_malformed() -> None:
-    assert judge(BROKEN, "3", reasoned=True) == "malformed"
-    assert judge(RIGHT, "3", reasoned=True) == "right"
-    assert judge(WRONG, "3", reasoned=True) == "wrong"
+    assert [judge(text, THREE).verdict for text in (BROKEN, RIGHT, WRONG)] == ["malformed", "right", "wrong"]
 
 
 def test_right_times_wrong() -> None:
-    result = choose_pairs([RIGHT, WRONG], "3", reasoned=True, max_pairs=2, seed="q1")
+    result = choose_pairs([RIGHT, WRONG], THREE, max_pairs=2, seed="q1")
     assert [(p.chosen, p.rejected, p.kind) for p in result.pairs] == [(RIGHT, WRONG, "correctness")]
 
 
@@ -49,13 +48,13 @@ def test_right_times_wrong() -> None:
     [([RIGHT, RIGHT], "question_all_right"), ([WRONG, BROKEN], "question_without_right_answer")],
 )
 def test_one_sided_questions_give_no_pair(answers: list[str], reason: str) -> None:
-    result = choose_pairs(answers, "3", reasoned=True, max_pairs=2, seed="q1")
+    result = choose_pairs(answers, THREE, max_pairs=2, seed="q1")
     assert result.pairs == []
     assert result.drops[reason] == 1
 
 
 def test_identical_texts_count_once() -> None:
-    result = choose_pairs([RIGHT, RIGHT + " ", WRONG, WRONG], "3", reasoned=True, max_pairs=9, seed="q1")
+    result = choose_pairs([RIGHT, RIGHT + " ", WRONG, WRONG], THREE, max_pairs=9, seed="q1")
     assert len(result.pairs) == 1
     assert result.drops["identical_text"] == 2
 
@@ -63,16 +62,16 @@ def test_identical_texts_count_once() -> None:
 def test_cap_spreads_over_different_texts() -> None:
     right = [f"{i} then.\nFinal answer: 3" for i in range(2)]
     wrong = [f"{i} then.\nFinal answer: {i}" for i in (4, 5, 6)]
-    result = choose_pairs(right + wrong, "3", reasoned=True, max_pairs=2, seed="q1")
+    result = choose_pairs(right + wrong, THREE, max_pairs=2, seed="q1")
     assert len({p.chosen for p in result.pairs}) == len({p.rejected for p in result.pairs}) == 2
     assert result.drops["over_question_cap"] == 4
 
 
 def test_choice_depends_on_the_seed_and_not_on_the_order_of_answers() -> None:
     answers = [f"{i}.\nFinal answer: {i}" for i in range(9)] + [f"{i} so.\nFinal answer: 3" for i in range(9)]
-    first = choose_pairs(answers, "3", reasoned=True, max_pairs=2, seed="q1").pairs
-    assert choose_pairs(answers[::-1], "3", reasoned=True, max_pairs=2, seed="q1").pairs == first
-    assert choose_pairs(answers, "3", reasoned=True, max_pairs=2, seed="q2").pairs != first
+    first = choose_pairs(answers, THREE, max_pairs=2, seed="q1").pairs
+    assert choose_pairs(answers[::-1], THREE, max_pairs=2, seed="q1").pairs == first
+    assert choose_pairs(answers, THREE, max_pairs=2, seed="q2").pairs != first
 
 
 @pytest.mark.parametrize(
@@ -92,13 +91,13 @@ def test_entailment(chosen: str, rejected: str, skipped: bool) -> None:
 
 
 def test_entailed_pair_is_dropped_and_counted() -> None:
-    result = choose_pairs(["dog", "dog and cat"], "dog", reasoned=False, max_pairs=2, seed="q1")
+    result = choose_pairs(["dog", "dog and cat"], Asked("dog", reasoned=False), max_pairs=2, seed="q1")
     assert result.pairs == []
     assert result.drops["entailment"] == 1
 
 
 def test_a_broken_form_is_rejected_and_tagged() -> None:
-    result = choose_pairs([RIGHT, BROKEN], "3", reasoned=True, max_pairs=2, seed="q1")
+    result = choose_pairs([RIGHT, BROKEN], THREE, max_pairs=2, seed="q1")
     assert [(p.rejected, p.kind) for p in result.pairs] == [(BROKEN, "format")]
 
 

@@ -9,15 +9,16 @@ import pytest
 
 from minivlm.config import Config
 from minivlm.config.data import DataConfig, SourceConfig
-from minivlm.config.train import PreferencesConfig
+from minivlm.config.preferences import PreferencesConfig
 from minivlm.data.errors import DataError
 from minivlm.data.miniworld.reasoning import PROMPT
 from minivlm.data.samples import SampleWriter, pair_columns, sample_columns
 from minivlm.data.tokenizer import train_tokenizer
 from minivlm.layout import pairs_dir, samples_dir
 from minivlm.preferences.files import read_pairs, write_mmpr
+from minivlm.preferences.questions import select_questions
 from minivlm.preferences.reference import encode_pairs
-from minivlm.preferences.sampling import build_pairs, make_pairs, select_prompts
+from minivlm.preferences.sampling import build_pairs, make_pairs
 from minivlm.schema import Message, PreferencePair, Sample
 from minivlm.storage import write_json
 
@@ -53,42 +54,46 @@ def config(tmp_path: Path) -> Config:
 def test_a_chain_of_thought_is_expected_where_the_question_asks_for_one(config: Config, ask: str, reasoned: bool):
     asked = replace(sample(0), messages=(Message("user", ask), Message("assistant", "3")))
     save(config, [asked])
-    [prompt], _ = select_prompts(config)
-    assert prompt.reasoned is reasoned
+    [prompt] = select_questions(config).known
+    assert prompt.asked is not None
+    assert prompt.asked.reasoned is reasoned
+    assert prompt.question == ask
 
 
 def test_prompts_need_a_known_answer_and_one_turn(config: Config) -> None:
     two_turns = sample(1)
     two_turns = Sample(**{**two_turns.__dict__, "messages": two_turns.messages * 2})
     save(config, [sample(0), two_turns, sample(2, answer=None), sample(0, stage="sft"), sample(0)])
-    prompts, skipped = select_prompts(config)
-    assert [p.sample.sample_id for p in prompts] == ["s0"]
-    assert prompts[0].reasoned
-    assert skipped == {"not_single_turn": 1, "no_known_answer": 1, "asked_twice": 1}
+    questions = select_questions(config)
+    assert [p.sample.sample_id for p in questions.known] == ["s0"]
+    assert questions.skipped == {"not_single_turn": 1, "no_known_answer": 1, "asked_twice": 1}
 
 
 def test_held_out_prompts_are_not_asked(config: Config) -> None:
     save(config, [sample(0), sample(1, split="test"), sample(2, split="val")])
-    assert [p.sample.sample_id for p in select_prompts(config)[0]] == ["s0"]
+    assert [p.sample.sample_id for p in select_questions(config).known] == ["s0"]
 
 
 def test_without_prompts_the_sft_training_rows_are_asked(config: Config) -> None:
     save(config, [sample(0, stage="sft"), sample(1, stage="sft", split="test"), sample(2, stage="pretrain")])
-    assert [p.sample.sample_id for p in select_prompts(config)[0]] == ["s0"]
+    assert [p.sample.sample_id for p in select_questions(config).known] == ["s0"]
 
 
 def test_nothing_to_verify_is_an_error(config: Config) -> None:
     save(config, [sample(0, stage="sft", answer=None)])
     with pytest.raises(DataError, match=r"data\.prompts"):
-        select_prompts(config)
+        select_questions(config)
 
 
 def test_counts_of_made_pairs(config: Config) -> None:
     save(config, [sample(i) for i in range(3)])
-    prompts, _ = select_prompts(config)
+    prompts = select_questions(config).known
     right, wrong = "2 + 1\nFinal answer: 3", "2 + 2\nFinal answer: 4"
-    pairs, summary = make_pairs(config, prompts, [[right, wrong, "3"], [right, right, right], [wrong, wrong, "3"]])
+    pairs, unsolved, summary = make_pairs(
+        config, prompts, [[right, wrong, "3"], [right, right, right], [wrong, wrong, "3"]]
+    )
     assert [(p.pair_id, p.question, p.chosen, p.rejected) for p in pairs] == [("s0-0", ASK, right, wrong)]
+    assert [prompt.sample.sample_id for prompt in unsolved] == ["s2"]
     assert summary["accuracy"] == pytest.approx(4 / 9)
     assert summary["malformed"] == pytest.approx(2 / 9)
     assert summary["drops"] == {
@@ -109,14 +114,19 @@ def test_pairs_of_the_user_are_taken_over_unchanged(tmp_path: Path) -> None:
     assert read_pairs(folder / "pairs.parquet") == [pair(0), pair(1)]
 
 
-def test_mmpr_rows_are_relative_to_their_root(tmp_path: Path) -> None:
-    write_mmpr(tmp_path, [pair(0), pair(1)])
-    rows = [json.loads(line) for line in (tmp_path / "mmpr.jsonl").read_text().splitlines()]
+def test_mmpr_rows_are_relative_to_their_root_and_apart_by_kind(tmp_path: Path) -> None:
+    write_mmpr(tmp_path, [pair(0), replace(pair(2), kind="format"), pair(1)])
+    rows = [json.loads(line) for line in (tmp_path / "minivlm_correctness_rules.jsonl").read_text().splitlines()]
     assert [row["image"] for row in rows] == ["0.png", "1.png"]
     assert rows[0]["question"] == ASK.removeprefix("<image>\n")
     assert (rows[0]["chosen"], rows[0]["answer_gt"]) == (pair(0).chosen, "3")
-    meta = json.loads((tmp_path / "mmpr_meta.json").read_text())["minivlm_pairs"]
-    assert (meta["root"], meta["length"]) == ("/data/images", 2)
+    meta = json.loads((tmp_path / "mmpr_meta.json").read_text())
+    assert {name: (entry["root"], entry["length"]) for name, entry in meta.items()} == {
+        "minivlm_correctness_rules": ("/data/images", 2),
+        "minivlm_format_rules": ("/data/images", 1),
+    }
+    write_mmpr(tmp_path, [pair(0)])
+    assert not (tmp_path / "minivlm_format_rules.jsonl").exists()
 
 
 def test_pairs_are_encoded_side_by_side_and_long_ones_counted(tmp_path: Path) -> None:
