@@ -28,7 +28,8 @@ ROOM_FOR_TEXT = 256
 def describe(config: Config) -> str:
     """The resolved settings as YAML, then parameters, rows and tokens, and what runs where."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    parts = ["# resolved settings", settings, *_parameters(config), "", *_rows(config), "", *_placement(config)]
+    parts = ["# resolved settings", settings, *_parameters(config), "", *_rows(config), "", *_preferences(config)]
+    parts += ["", *_placement(config)]
     return "\n".join(parts)
 
 
@@ -121,6 +122,28 @@ def _rows(config: Config) -> list[str]:
         tokens = f"{known:,} tokens" if known else "tokens counted after `python -m jobs.prepare`"
         lines.append(f"{stage:<16} {rows:,} rows, {tokens}")
     return [*lines, *mixture_tables(config)]
+
+
+def _preferences(config: Config) -> list[str]:
+    """Whom the preferences job asks, what it asks for, and what MPO starts from."""
+    settings, policy = config.preferences, config.preferences.policy
+    lines = ["# preferences"]
+    if config.data.mpo:
+        lines.append("pairs            those of data.mpo, as they are")
+    else:
+        asked = "as they are" if settings.prompt_style == "as_is" else f"asking for `{settings.prompt_style}`"
+        lines.append(f"questions        {asked}, {settings.num_samples} answers each")
+        sources = (*config.data.prompts, *config.data.sft)
+        lines += [f"verifier         {one.verifier}: {one.path}" for one in sources if one.verifier != "exact"]
+        if settings.dropout_ntp_tasks:
+            tasks, kept = ", ".join(settings.dropout_ntp_tasks), settings.dropout_ntp_ratio
+            lines.append(f"open questions   {tasks}: {kept:.0%} of each answer, continued without the picture")
+    lines.append(f"answers          {policy or 'by the model after SFT'}; MPO starts from it")
+    if policy is not None and not policy.expanduser().is_dir():
+        lines.append(f"refused          no folder {policy}: type preferences.policy=EXPORT, as the mpo job printed it")
+    folder = layout.pairs_dir(config)
+    state = "finished" if (folder / "reference.json").exists() else "continues" if folder.exists() else "new"
+    return [*lines, f"pairs            {state}: {folder}"]
 
 
 def _placement(config: Config) -> list[str]:

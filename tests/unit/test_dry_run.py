@@ -75,3 +75,18 @@ def test_a_tower_that_is_not_here_is_taken_as_described():
 def test_pictures_that_leave_no_room_for_text_are_refused(overrides, advice):
     with pytest.raises(ConfigError, match=rf"type model\.max_length_tokens=\d+, or {advice}"):
         describe(load_config(CONFIGS / "tiny.yaml", overrides))
+
+
+def test_the_preferences_say_whom_they_ask_and_how(tmp_path):
+    text = describe(load_config(CONFIGS / "tiny.yaml", [f"storage_path={tmp_path}"]))
+    assert "questions        as they are, 8 answers each" in text
+    assert "answers          by the model after SFT; MPO starts from it" in text
+    overrides = [
+        "preferences.policy=/none",
+        "preferences.prompt_style=boxed",
+        "preferences.dropout_ntp_tasks=[caption]",
+    ]
+    other = describe(load_config(CONFIGS / "tiny.yaml", [f"storage_path={tmp_path}", *overrides]))
+    assert "questions        asking for `boxed`, 8 answers each" in other
+    assert "open questions   caption: 50% of each answer, continued without the picture" in other
+    assert "refused          no folder /none" in other
