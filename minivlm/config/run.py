@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from minivlm.config.base import Frozen
+from minivlm.config.benchmarks import BenchmarkConfig
 from minivlm.config.model import ProjectorKind
 
 Variant = Literal["shuffled", "no_image", "direct", "cot"]
@@ -44,6 +45,9 @@ class EvaluationConfig(Frozen):
 
     report_samples_per_task: PositiveInt = 12
     """Questions per task shown in the report with their picture."""
+
+    benchmarks: tuple[BenchmarkConfig, ...] = ()
+    """Public benchmarks, asked beside the test split as tasks of their own."""
 
 
 class TuneConfig(Frozen):

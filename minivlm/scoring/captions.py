@@ -103,7 +103,7 @@ def bleu_4(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     _check(candidates, references)
     joined = [[" ".join(tokenize_caption(text)) for text in texts] for texts in references]
     most = max(len(texts) for texts in joined)
-    streams = [[texts[place] if place < len(texts) else None for texts in joined] for place in range(most)]
+    streams = [[texts[place % len(texts)] for texts in joined] for place in range(most)]  # one given twice counts once
     own = [" ".join(tokenize_caption(text)) for text in candidates]
     metric = BLEU(tokenize="none", smooth_method="none", force=True)
     return float(metric.corpus_score(own, streams).score) / 100

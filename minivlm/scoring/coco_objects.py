@@ -89,7 +89,7 @@ toothbrush:
 
 def _read() -> dict[str, str]:
     """Word or words -> category. Behind a comma stand words that are one name."""
-    names = {}
+    names: dict[str, str] = {}
     for line in _WORDS.strip().splitlines():
         name, _, rest = line.partition(":")
         single, *several = rest.split(",")

@@ -12,6 +12,7 @@ from minivlm.config.train import StageConfig
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import count_rows, load_token_counts, mixture_tables
 from minivlm.data.settings import tower_shape
+from minivlm.evaluation.benchmarks.load import count_rows as count_benchmark
 from minivlm.model.image_tokens import count_image_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.llava import PROJECTOR_NOTE
@@ -121,7 +122,21 @@ def _rows(config: Config) -> list[str]:
         known = measured.get(stage)
         tokens = f"{known:,} tokens" if known else "tokens counted after `python -m jobs.prepare`"
         lines.append(f"{stage:<16} {rows:,} rows, {tokens}")
-    return [*lines, *mixture_tables(config)]
+    return [*lines, *mixture_tables(config), *_benchmarks(config)]
+
+
+def _benchmarks(config: Config) -> list[str]:
+    """What would be asked of each file; pictures are opened only by the evaluation."""
+    lines = ["", "# benchmarks"] if config.evaluation.benchmarks else []
+    for benchmark in config.evaluation.benchmarks:
+        try:
+            rows, bad = count_benchmark(benchmark)
+        except DataError as error:
+            lines.append(f"{benchmark.task:<16} not counted: {error}")
+            continue
+        unfit = f", {bad} of them cannot be asked" if bad else ""
+        lines.append(f"{benchmark.task:<16} {rows:,} rows{unfit}, read as {benchmark.kind}: {benchmark.path}")
+    return lines
 
 
 def _preferences(config: Config) -> list[str]:
