@@ -109,7 +109,8 @@ def evaluation_dir(config: Config, name: str, reference: str) -> Path:
         reference: stands for the export's content.
     """
     answers = config.evaluation.model_dump(mode="json", exclude=_SHOWING)
-    key = [name, reference, config.seed, _data_key(config), _tower_key(config), answers]
+    files = [_location_key(str(path)) for given in config.evaluation.benchmarks for path in given.files]
+    key = [name, reference, config.seed, _data_key(config), _tower_key(config), answers, files]
     return config.root / "evaluations" / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name)}-{content_hash(key)}"
 
 

@@ -41,6 +41,11 @@ class BenchmarkConfig(Frozen):
         """Task name in results and report."""
         return self.name or self.kind
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from, but for its pictures."""
+        return (self.path,) if self.annotations is None else (self.path, self.annotations)
+
     @field_validator("kind", mode="before")
     @classmethod
     def _known(cls, kind: Any) -> Any:

@@ -13,10 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from minivlm.config import Config, ConfigError, StageName
+from minivlm.data.chat import encode_prompt
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
-from minivlm.data.pipeline import prepare_features
 from minivlm.data.samples import load_samples
+from minivlm.data.settings import num_image_tokens
+from minivlm.evaluation.benchmarks.load import BenchmarkAccount, load_benchmarks
+from minivlm.evaluation.pictures import prepare_pictures
 from minivlm.evaluation.results import is_evaluated, write_results
 from minivlm.evaluation.summary import Reply, ScoredRow, score_question, summarize
 from minivlm.evaluation.tasks import Question, select_questions
@@ -25,7 +28,7 @@ from minivlm.inference.actors import Decoding
 from minivlm.inference.committed import Work, finish_answers
 from minivlm.inference.exports import StageExport, stage_export
 from minivlm.inference.jobs import Answer, Request, answer_blocks
-from minivlm.layout import evaluation_dir, samples_dir, tower_path
+from minivlm.layout import evaluation_dir, samples_dir
 from minivlm.log import get_logger
 from minivlm.model.export import load_export_tower
 from minivlm.model.tokenizer import encode_text, load_tokenizer
@@ -56,19 +59,24 @@ def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Pat
     folders = [evaluation_dir(config, export.name, export.reference) for export in exports]
     pending = [(export, folder) for export, folder in zip(exports, folders, strict=True) if not is_evaluated(folder)]
     if pending:
-        questions = _questions(config)
+        questions, benchmarks = _questions(config, pending[0][0])
         variants = ask_all(questions, config.evaluation.variants)
         started = time.monotonic()
         found = _answer(config, pending, questions, variants)
         seconds = time.monotonic() - started
         for (export, folder), answers in zip(pending, found, strict=True):
-            _write(config, export, folder, questions, variants, answers)
+            _write(config, export, folder, questions, variants, answers, benchmarks)
         total = sum(len(answers) for answers in found)
         _log.info("%d answers of %d checkpoint(s) in %.1f s", total, len(pending), seconds)
     return folders
 
 
-def _questions(config: Config) -> list[Question]:
+def _questions(config: Config, export: StageExport) -> tuple[list[Question], BenchmarkAccount]:
+    """Of the test split, then of the benchmarks; and what became of the benchmarks' rows.
+
+    Args:
+        export: whose tokenizer says what is too long to ask.
+    """
     samples = load_samples(samples_dir(config), split="test")
     limit = config.evaluation.max_questions_per_task
     questions = select_questions(samples, max_per_task=limit, seed=config.seed)
@@ -77,7 +85,13 @@ def _questions(config: Config) -> list[Question]:
             f"{samples_dir(config)} has no test question. Give a source of data.sft `split: test`, or raise "
             "data.test_fraction so that `split: auto` keeps pictures for the test"
         )
-    return questions
+    tokenizer, places = load_tokenizer(str(export.export_dir)), num_image_tokens(config)
+    more, account = load_benchmarks(
+        config,
+        taken={question.task for question in questions},
+        count_tokens=lambda messages: len(encode_prompt(tokenizer, messages, places)),
+    )
+    return [*questions, *more], account
 
 
 def _answer(
@@ -91,7 +105,7 @@ def _answer(
 
     def answer(blocks: Sequence[Sequence[Request]]) -> Iterator[list[Answer]]:
         shown = {digest for block in blocks for request in block for digest in request.image_sha256}
-        features = prepare_features(config, tower_path(config), shown)
+        features = prepare_pictures(config, questions, shown)
         for export, _ in pending:
             _check_tower(config, export, features)
         return answer_blocks(blocks, features_dir=features.directory, decoding=decoding, pool=config.evaluation)
@@ -135,6 +149,7 @@ def _write(
     questions: Sequence[Question],
     variants: Variants,
     answers: Mapping[str, Answer],
+    benchmarks: BenchmarkAccount,
 ) -> None:
     tokenizer = load_tokenizer(str(export.export_dir))
     replies = {row_id: Reply(answer.text, answer.token_ids) for row_id, answer in answers.items()}
@@ -155,5 +170,6 @@ def _write(
         "reference": export.reference,
         "questions": content_hash([[vars(question) for question in questions], config.evaluation.max_new_tokens]),
         "num_questions": len(questions),
+        "benchmarks": benchmarks,
     }
     write_results(folder, rows, results | summarize(rows, variants.skipped))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from minivlm.evaluation.tasks import CAPTION, Question
-from minivlm.scoring.scorers import CAPTION_TOKENS, SCORERS, Attempt, Verdict
+from minivlm.scoring.scorers import CAPTION_SCORERS, CAPTION_TOKENS, SCORERS, Attempt, Verdict
 from minivlm.scoring.statistics import macro_interval, mean_interval, smallest_difference, standard_error
 
 
@@ -111,7 +111,7 @@ def _variant_row(reply: Reply, verdict: Verdict) -> dict[str, Any]:
 
 
 def summarize(rows: Sequence[ScoredRow], skipped: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Any]:
-    """Figures per task, their macro means over all tasks but caption, captions, and slices by language.
+    """Figures per task, their macro means over all tasks but captions, captions, and slices by language.
 
     Intervals are 95 %, clustered by pictures; `error` is the clustered standard error, `minimum_difference` what a
     second run with independent mistakes would have to differ by to be told apart (80 % power, 5 % level). A figure of
@@ -125,13 +125,14 @@ def summarize(rows: Sequence[ScoredRow], skipped: Mapping[str, Mapping[str, Mapp
     by_language: defaultdict[str, list[ScoredRow]] = defaultdict(list)
     for row in rows:
         by_task[row.task].append(row)
-        if row.task != CAPTION:
+        if row.scorer not in CAPTION_SCORERS:
             by_language[row.language].append(row)
     captions = by_task.pop(CAPTION, [])
-    macro, low, high = _macro(by_task)
+    answered = {task: group for task, group in by_task.items() if group[0].scorer not in CAPTION_SCORERS}
+    macro, low, high = _macro(answered)
     variants = {
         name: {
-            "macro": _variant_macro(by_task, name),
+            "macro": _variant_macro(answered, name),
             "n": sum(name in row.variants for row in rows),
             "skipped": reasons,
         }
@@ -141,7 +142,7 @@ def summarize(rows: Sequence[ScoredRow], skipped: Mapping[str, Mapping[str, Mapp
         "macro": macro,
         "macro_low": low,
         "macro_high": high,
-        "shuffled_macro": _variant_macro(by_task, "shuffled"),
+        "shuffled_macro": _variant_macro(answered, "shuffled"),
         "variants": variants,
         "tasks": {task: _figures(group, "accuracy") for task, group in sorted(by_task.items())},
         "caption": _caption_figures(captions) if captions else None,

@@ -29,6 +29,8 @@ from minivlm.scoring.text_metrics import VQA_MATCHES, anls, relaxed_match, vqa_a
 
 SHORT_ANSWER = "short_answer"
 CAPTION_TOKENS = "caption_tokens"
+CAPTION_SCORERS = (CAPTION_TOKENS, "captions")
+"""Their score is a likeness; tasks with them stay out of the macro mean."""
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def toy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     (root / "empty.yaml").write_text("")
     overrides = [f"storage_path={root / 'store'}", f"clip.path={root / 'clip'}", *SETTINGS]
     overrides.append(f"tokenizer.path={root / 'tokenizer'}")
+    overrides += [f"evaluation.benchmarks=[{{kind: pope, path: {_write_pope(root)}}}]", "data.max_bad_fraction=0.5"]
     config = load_config(root / "empty.yaml", overrides)
     samples = _draw_samples(root)
     samples_dir(config).mkdir(parents=True)
@@ -83,6 +84,19 @@ def toy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     result = {"checkpoint_dir": str(checkpoint), "export_dir": str(checkpoint / "export")}
     write_json(run_dir(config, "sft") / "result.json", result)
     return config
+
+
+def _write_pope(root: Path) -> Path:
+    """Two questions about pictures that no prepared row shows, and one whose picture is missing."""
+    rows = []
+    for number, colour in enumerate(("white", "black", None)):
+        if colour:
+            Image.new("RGB", (16, 16), colour).save(root / f"pope-{number}.png")
+        text = "Is there a dog in the image?"
+        rows.append({"question_id": number, "image": f"pope-{number}.png", "text": text, "label": "yes"})
+    path = root / "pope.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def _draw_samples(root: Path) -> list[Sample]:
@@ -148,6 +162,18 @@ def test_evaluation_scores_every_question_in_both_variants(toy: Config) -> None:
     assert {row["answer"] for row in rows if row["task"] == "colour"} <= {"red", "blue"}
     assert colour["accuracy"] == sum(row["answer"] == row["truth"] for row in rows if row["task"] == "colour") / 24
     assert all(row["images"] != row["wrong_images"] for row in rows)
+
+
+def test_benchmarks_are_asked_beside_the_test_split_and_what_cannot_be_asked_is_counted(toy: Config) -> None:
+    folder = evaluate(toy, "sft")
+    results = read_results(folder)
+    asked = [row for row in read_rows(folder) if row["task"] == "pope"]
+    assert [row["question_id"] for row in asked] == ["pope/0", "pope/1"]
+    assert all(row["answer"] and row["variants"]["shuffled"]["answer"] for row in asked)
+    pope = results["tasks"]["pope"]
+    assert (pope["n"], pope["accuracy"], pope["metrics"]["unclear"], pope["metrics"]["yes_ratio"]) == (2, 0, 1, 0)
+    account = results["benchmarks"]["pope"]
+    assert (account["rows"], account["asked"], account["bad"], account["reasons"]) == (3, 2, 1, {"image": 1})
 
 
 def test_a_finished_evaluation_is_not_run_again(toy: Config) -> None:

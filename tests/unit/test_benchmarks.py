@@ -27,7 +27,15 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 def load(kind: str, tmp_path: Path, *, max_questions: int | None = None, **fields: Any) -> Loaded:
     benchmark = BenchmarkConfig(kind=kind, **fields)
-    return load_benchmark(benchmark, limits=LIMITS, pictures_dir=tmp_path / "kept", max_questions=max_questions, seed=0)
+    return load_benchmark(
+        benchmark,
+        limits=LIMITS,
+        pictures_dir=tmp_path / "kept",
+        max_questions=max_questions,
+        seed=0,
+        count_tokens=lambda messages: len(messages[0].content),
+        max_tokens=1000,
+    )
 
 
 def build(name: str, tmp_path: Path) -> Loaded:
@@ -131,6 +139,7 @@ GOOD = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is 
         (GOOD | {"question_id": 2, "text": " "}, "an empty question"),
         (GOOD | {"question_id": 2, "text": "see <image> here"}, "which marks a picture's place"),
         (GOOD | {"question_id": 2, "text": "x" * 30_000}, "a text of 3"),
+        (GOOD | {"question_id": 2, "text": "x" * 990}, "a prompt of 1049 tokens, more than"),
         (GOOD | {"question_id": 2, "text": "\ud800"}, "surrogate"),
         (GOOD | {"question_id": [1]}, "`question_id` must be text"),
         ("{not json", "not JSON"),
@@ -216,13 +225,17 @@ def config_with(tmp_path: Path, *benchmarks: dict[str, Any], max_bad: float = 0.
     return Config.model_validate(tree | {"evaluation": {"benchmarks": list(benchmarks)}})
 
 
+def load_all(config: Config, taken: tuple[str, ...] = ()) -> tuple[list[Question], dict[str, dict[str, Any]]]:
+    return load_benchmarks(config, taken=taken, count_tokens=len)
+
+
 def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     fields = lines(tmp_path, [GOOD, GOOD])
     with pytest.raises(DataError, match=r"1 of 2 rows cannot be asked.*row 2.*twice.*max_bad_fraction=0.51"):
-        load_benchmarks(config_with(tmp_path, {"kind": "pope", **fields}))
+        load_all(config_with(tmp_path, {"kind": "pope", **fields}))
     listed = (tmp_path / "store" / "benchmarks" / "pope.quarantine.jsonl").read_text()
     assert json.loads(listed)["row"] == 2
-    questions, account = load_benchmarks(config_with(tmp_path, {"kind": "pope", **fields}, max_bad=0.6))
+    questions, account = load_all(config_with(tmp_path, {"kind": "pope", **fields}, max_bad=0.6))
     assert account["pope"] | {"file": ""} == {
         "file": "", "rows": 2, "asked": 1, "bad": 1, "reasons": {"id": 1},
     }  # fmt: skip
@@ -232,12 +245,12 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
 def test_two_files_of_one_kind_need_names(tmp_path: Path) -> None:
     pope = {"kind": "pope", **files.pope(tmp_path)}
     with pytest.raises(DataError, match="two tasks are called `pope`: add `name`"):
-        load_benchmarks(config_with(tmp_path, pope, pope))
-    questions, account = load_benchmarks(config_with(tmp_path, pope, pope | {"name": "pope_again"}))
+        load_all(config_with(tmp_path, pope, pope))
+    questions, account = load_all(config_with(tmp_path, pope, pope | {"name": "pope_again"}))
     assert list(account) == ["pope", "pope_again"]
     assert len({question.question_id for question in questions}) == 4
     with pytest.raises(DataError, match="two tasks"):
-        load_benchmarks(config_with(tmp_path, pope | {"name": "colour"}), taken=["colour"])
+        load_all(config_with(tmp_path, pope | {"name": "colour"}), taken=("colour",))
 
 
 def test_settings_name_what_is_wrong(tmp_path: Path) -> None:

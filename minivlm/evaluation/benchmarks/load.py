@@ -6,7 +6,7 @@ are opened, as those of training rows are. What cannot be asked is named, counte
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +31,10 @@ from minivlm.storage import write_bytes
 
 _log = get_logger(__name__)
 
+CountTokens = Callable[[Sequence[Message]], int]
+BenchmarkAccount = dict[str, dict[str, Any]]
+"""By task name: {file, rows, asked, bad, reasons}."""
+
 LIST_KEYS = {"textvqa": "data", "docvqa": "data", "infovqa": "data", "coco_captions": "images"}
 SPLITS = ("scienceqa", "coco_captions")
 """Kinds whose file holds several splits."""
@@ -49,21 +53,24 @@ class Loaded:
     bad_share: float
 
 
-def load_benchmarks(config: Config, taken: Sequence[str] = ()) -> tuple[list[Question], dict[str, dict[str, Any]]]:
+def load_benchmarks(
+    config: Config, *, taken: Collection[str], count_tokens: CountTokens
+) -> tuple[list[Question], BenchmarkAccount]:
     """Questions of every benchmark, with shuffled pictures as those of the test split.
 
     Args:
         taken: task names of the test split.
+        count_tokens: tokens of a prompt with its pictures.
 
     Returns:
-        The questions, and by task name {file, rows, asked, bad, reasons}.
+        The questions, and what became of the rows.
 
     Raises:
         DataError: a file is missing or broken as a whole, a name is taken, nothing can be asked, or a larger share of
             rows is bad than data.max_bad_fraction allows.
     """
     questions: list[Question] = []
-    account: dict[str, dict[str, Any]] = {}
+    account: BenchmarkAccount = {}
     for benchmark in config.evaluation.benchmarks:
         if benchmark.task in account or benchmark.task in taken:
             raise DataError(
@@ -75,6 +82,8 @@ def load_benchmarks(config: Config, taken: Sequence[str] = ()) -> tuple[list[Que
             pictures_dir=layout.pictures_dir(config),
             max_questions=config.evaluation.max_questions_per_task,
             seed=config.seed,
+            count_tokens=count_tokens,
+            max_tokens=config.model.max_length_tokens,
         )
         _check(config, benchmark, loaded)
         questions += loaded.questions
@@ -87,13 +96,21 @@ def load_benchmarks(config: Config, taken: Sequence[str] = ()) -> tuple[list[Que
 
 
 def load_benchmark(
-    benchmark: BenchmarkConfig, *, limits: ImageLimits, pictures_dir: Path, max_questions: int | None, seed: int
+    benchmark: BenchmarkConfig,
+    *,
+    limits: ImageLimits,
+    pictures_dir: Path,
+    max_questions: int | None,
+    seed: int,
+    count_tokens: CountTokens,
+    max_tokens: int,
 ) -> Loaded:
     """Read one benchmark; see the file's docstring.
 
     Args:
         pictures_dir: where pictures go that lie inside of rows.
         max_questions: a seeded choice of so many, MME's pairs together; None = all.
+        count_tokens: tokens of a prompt; one of more than `max_tokens` is not asked.
     """
     kept: dict[int, tuple[str, str]] = {}
     bad: dict[int, str] = {}
@@ -118,7 +135,12 @@ def load_benchmark(
         except BadImage as error:
             bad[number] = str(error)
             continue
-        questions.append(_question(benchmark, row, pictures))
+        question = _question(benchmark, row, pictures)
+        tokens = count_tokens(question.messages)
+        if tokens > max_tokens:
+            bad[number] = f"a prompt of {tokens} tokens, more than model.max_length_tokens={max_tokens}"
+        else:
+            questions.append(question)
     unreadable = len(bad) - (len(chosen) - len(questions))
     share = unreadable / max(1, total) + (len(chosen) - len(questions)) / max(1, len(chosen))
     file = str(benchmark.path)
