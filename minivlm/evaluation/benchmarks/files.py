@@ -43,14 +43,17 @@ def raw_rows(path: Path, key: str) -> Numbered:
         return
     if not path.is_file():
         raise DataError(f"No benchmark file {path}. Correct `path` under evaluation.benchmarks")
-    if path.suffix in (".parquet", ".jsonl"):
-        yield from _decoded(read_rows(path))
-    elif path.suffix == ".tsv":
-        yield from _table(path)
-    elif path.suffix == ".json":
-        yield from _json_rows(path, key)
-    else:
-        raise DataError(f"{path}: a benchmark file ends in .json, .jsonl, .parquet or .tsv")
+    try:
+        if path.suffix in (".parquet", ".jsonl"):
+            yield from _decoded(read_rows(path))
+        elif path.suffix == ".tsv":
+            yield from _table(path)
+        elif path.suffix == ".json":
+            yield from _json_rows(path, key)
+        else:
+            raise DataError(f"{path}: a benchmark file ends in .json, .jsonl, .parquet or .tsv")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}). Correct it under evaluation.benchmarks") from None
 
 
 def load_json(path: Path) -> Any:
