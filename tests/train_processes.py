@@ -1,21 +1,23 @@
 """`train_loop` in plain processes over gloo: a group that a test can kill, without Ray, in about a second per run.
 
-Processes are forked from one that has imported everything. The job is a toy: random picture features, 10 samples whose
+Processes are forked from a template (tests/forks.py). The job is a toy: random picture features, 10 samples whose
 answers name them (token FIRST_ANSWER + i), and the small export of tests/tiny_export.py as initial weights.
 """
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration, Qwen3ForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from minivlm.config import Config
 from minivlm.data.batches import make_batches, payload_block, plan_blocks
@@ -25,15 +27,17 @@ from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
 from minivlm.train.feed import newest_step
 from minivlm.train.job import StageJob, count_steps, plan_training
+from minivlm.train.loop import StageWorker, train_loop
+from tests.forks import Forked, join
 from tests.tiny_export import NUM_IMAGE_TOKENS, WIDTH, build_export
 
 NUM_SAMPLES, NUM_VALIDATION = 10, 4
 FIRST_ANSWER = 200
 GROUP_TIMEOUT_S = 90
 
-_environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "DS_BUILD_OPS": "0"}
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["minivlm.train.loop", "minivlm.train.feed", "tests.train_processes"])
+# What loading a model does once per process, half of a run's time here: done before the template is forked.
+MODEL_CLASSES = (CLIPVisionModel, LlavaForConditionalGeneration, Qwen3ForCausalLM)
+get_checkpoint_conversion_mapping("qwen3")
 
 
 def make_toy(folder: Path) -> StageJob:
@@ -100,24 +104,24 @@ class Group:
                 the others in the middle of the step.
             resave_to: only load the newest checkpoint's training state, and write it there.
         """
-        os.environ.update(_environment)  # before the first one: the forking process keeps its own
         self.world_size = job.config.train.num_workers
         job.run_dir.mkdir(parents=True, exist_ok=True)
         self.folder = job.run_dir / f"attempt-{len(list(job.run_dir.glob('attempt-*')))}"
         self.folder.mkdir()
-        self.processes: list[BaseProcess] = []
+        self.processes: list[Forked] = []
         for rank in range(self.world_size):
             held_step = hold[1] if hold is not None and hold[0] == rank else None
-            arguments = (job, rank, self.folder, held_step, resave_to)
-            self.processes.append(_context.Process(target=_rank, args=arguments))
-            self.processes[-1].start()
+            self.processes.append(Forked(_rank, job, rank, self.folder, held_step, resave_to))
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Look every millisecond."""
+        """Look every millisecond, and now and then whether all still run."""
         deadline = time.monotonic() + GROUP_TIMEOUT_S
-        while not condition():
-            assert time.monotonic() < deadline, self.log()
-            assert not any(process.exitcode for process in self.processes), self.log()
+        for look in count():
+            if condition():
+                return
+            if look % 50 == 0:
+                assert time.monotonic() < deadline, self.log()
+                assert not any(process.exitcode for process in self.processes), self.log()
             time.sleep(0.001)
 
     def kill(self, *ranks: int) -> None:
@@ -133,13 +137,7 @@ class Group:
 
     def join(self) -> None:
         """Wait for all; one that fails takes the others with it."""
-        deadline = time.monotonic() + GROUP_TIMEOUT_S
-        while any(process.is_alive() for process in self.processes):
-            if any(process.exitcode for process in self.processes) or time.monotonic() > deadline:
-                for process in self.processes:
-                    process.kill()
-                    process.join()
-            time.sleep(0.005)
+        join(self.processes, GROUP_TIMEOUT_S)
 
     def outcome(self) -> dict[str, str]:
         """What `train_loop` returned, the same on all ranks."""
@@ -166,10 +164,6 @@ def run_job(job: StageJob) -> dict[str, str]:
 
 
 def _rank(job: StageJob, rank: int, folder: Path, held_step: int | None, resave_to: Path | None) -> None:
-    import torch.distributed as dist
-
-    from minivlm.train.loop import StageWorker, train_loop
-
     world_size = job.config.train.num_workers
     os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)})
     with (folder / f"log-{rank}.txt").open("w") as log:
@@ -185,7 +179,6 @@ def _rank(job: StageJob, rank: int, folder: Path, held_step: int | None, resave_
             outcome = train_loop(job, rows, torch.device("cpu"), lambda metrics, checkpoint: None)
         (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
         dist.barrier()
-        os._exit(0)
 
 
 def _rows(job: StageJob, rank: int, folder: Path, held_step: int | None) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """The clip job's batches: the same preprocessing as serving, every pair once an epoch, gradients of the whole batch."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from minivlm.model.clip import clip_image_processor, clip_loss
 from minivlm.train.clip_batches import Captions, ClipJob, pairs_of
 from minivlm.train.clip_loop import global_loss, normalize_pixels
 from minivlm.train.contrastive import preprocess_uint8
+from tests.forks import Forked, join
 
 LIMITS = ImageLimits(10**7, 10**7, 10**4, 20.0)
 
@@ -90,18 +89,9 @@ def two_rank_gradients(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_have_the_gradient_of_the_whole_batch(tmp_path: Path):
-    ranks = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
-    try:
-        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    assert join([Forked(two_rank_gradients, rank, str(tmp_path)) for rank in range(2)], timeout_s=300) == [0, 0]
     model, batch = Pair(), whole_batch()
     duplicate = batch["caption_ids"][:, None] == batch["caption_ids"]
     clip_loss(*model(batch), model.logit_scale, duplicate).backward()
     gradients = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert_close(gradients, {name: parameter.grad for name, parameter in model.named_parameters()})
-
-
-if __name__ == "__main__":  # one rank of the test above, in a process that shares nothing with pytest's
-    two_rank_gradients(int(sys.argv[1]), sys.argv[2])

@@ -1,8 +1,6 @@
 """Two ranks under ZeRO-3, of which one may have no picture: nobody hangs, and the weights are those of plain torch."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,9 +10,8 @@ from torch.testing import assert_close
 from minivlm.train.losses import RewardShift
 from minivlm.train.optimizer import decay_groups, learning_rate_at
 from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
+from tests.forks import Forked, join
 from tests.unit.test_train_engine import SETTINGS, STEPS, make_engine, micro_batch, padding, tiny_vlm
-
-ROOT = Path(__file__).parents[2]
 
 
 def ranks_batches(step: int) -> tuple[list[Batch], list[Batch]]:
@@ -32,6 +29,7 @@ def ranks_batches(step: int) -> tuple[list[Batch], list[Batch]]:
 
 def train_rank(rank: int, folder: str) -> None:
     """One of the two processes; rank 0 writes the weights."""
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     engine = make_engine(3)
     for step in range(STEPS):
@@ -49,17 +47,7 @@ def train_rank(rank: int, folder: str) -> None:
 
 
 def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(tmp_path: Path):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    assert join([Forked(train_rank, rank, str(tmp_path)) for rank in range(2)], timeout_s=240) == [0, 0]
     model = tiny_vlm()
     optimizer = torch.optim.AdamW(decay_groups(model.parameters(), SETTINGS.weight_decay), lr=1.0, betas=(0.9, 0.99))
     for step in range(STEPS):
@@ -72,7 +60,3 @@ def test_a_rank_without_pictures_neither_hangs_nor_changes_the_result(tmp_path: 
         optimizer.zero_grad()
     weights = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert_close(weights, dict(model.named_parameters()), atol=2e-5, rtol=0)
-
-
-if __name__ == "__main__":  # one rank of the test above, in a process that shares nothing with pytest's
-    train_rank(int(sys.argv[1]), sys.argv[2])
