@@ -134,6 +134,7 @@ def make_job(folder: Path, table: TokenTable, features: FeatureCache, arguments:
         run_dir=folder / "runs" / "pretrain",
         train_table=table.directory,
         val_table=None,
+        sample_table=None,
         features_dir=features.directory,
         encoding=None,
         num_features=IMAGE_TOKENS,

@@ -60,6 +60,7 @@ def stage_job(parts: Path, run_dir: Path, stage: dict[str, Any] | None = None, *
         run_dir=run_dir,
         train_table=parts / "table",
         val_table=parts / "table",
+        sample_table=parts / "table",
         features_dir=parts / "features" / "tower",
         encoding=None,
         num_features=NUM_IMAGE_TOKENS,

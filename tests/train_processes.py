@@ -62,6 +62,7 @@ def make_toy(folder: Path) -> StageJob:
         run_dir=folder / "run",
         train_table=folder / "train",
         val_table=folder / "val",
+        sample_table=folder / "val",
         features_dir=cache.directory,
         encoding=None,
         num_features=NUM_IMAGE_TOKENS,

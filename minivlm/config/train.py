@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from minivlm.config.base import Frozen, cpu_has_bfloat16
 
@@ -153,6 +153,10 @@ class TrainConfig(Frozen):
     checkpoint_every_steps: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept per run."""
+
+    sample_every_steps: NonNegativeInt = 0
+    """Answer eight validation questions greedily every so many optimizer steps and at the end of a stage; the answers
+    go to samples.jsonl beside the metrics and to MLflow. It changes no result. 0 = never."""
 
     max_failures: int = Field(1, ge=0)
     """Worker failures a stage survives by resuming from its newest checkpoint."""

@@ -1,10 +1,11 @@
-"""What Ray Data tasks run to make micro-batches: planned rows -> collated, serialized batches, one table row each.
+"""What Ray Data tasks run to make micro-batches: planned rows -> collated, serialized batches, one table row each;
+and how a worker reads them.
 
 Imports torch only inside the task: Ray Data's coordinators import this module too.
 """
 
 import pickle
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -18,6 +19,7 @@ from minivlm.data.plan import MicroBatch, PlannedStep
 from minivlm.data.tokens import TokenTable
 
 if TYPE_CHECKING:
+    from minivlm.data.collate import Batch
     from minivlm.data.features import FeatureCache
 
 
@@ -133,3 +135,21 @@ def make_batches(
             "payload": pa.array([pack_batch(batch) for batch in batches], pa.large_binary()),
         }
     )
+
+
+def read_step(rows: Iterator[dict[str, Any]], step: int) -> list["Batch"]:
+    """The micro-batches of one step from a rank's rows, which go on behind it.
+
+    Raises:
+        RuntimeError: the rows are not those of the plan (a dataset built for another checkpoint, say).
+    """
+    from minivlm.data.collate import unpack_batch
+
+    batches: list[Batch] = []
+    for row in rows:
+        if row["step"] != step:
+            raise RuntimeError(f"step {step} was due, the dataset gave a micro-batch of step {row['step']}")
+        batches.append(unpack_batch(row["payload"]))
+        if row["is_last"]:
+            return batches
+    raise RuntimeError(f"the dataset ended within step {step}")

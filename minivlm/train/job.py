@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minivlm.config import Config, StageName
+from minivlm.config import Config, ConfigError, StageName
 from minivlm.config.train import StageConfig
 from minivlm.data.encoder import Encoding
 from minivlm.data.plan import PlannedStep, plan_epoch
@@ -16,6 +16,9 @@ from minivlm.data.tokens import TokenTable
 
 WHITENING_TOKENS = 20_000
 """Picture features that a new projector is fitted to."""
+
+NUM_SAMPLED = 8
+"""Questions that are answered every `train.sample_every_steps` steps."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class StageJob:
     train_table: Path
     val_table: Path | None
     """None where the stage has no validation rows."""
+
+    sample_table: Path | None
+    """Rows whose questions are answered while training: validation rows of the stage, for mpo those of sft."""
 
     features_dir: Path
     encoding: Encoding | None
@@ -60,10 +66,39 @@ class StageJob:
         """Numbers of finished steps after which the validation loss is computed; the last is the end."""
         return evenly_spaced(self.total_steps, self.settings.num_evals)
 
+    def is_sampled(self, step: int) -> bool:
+        """Whether questions are answered after `step` finished steps."""
+        every = self.config.train.sample_every_steps
+        return bool(every) and (step % every == 0 or step == self.total_steps)
+
 
 def whitening_pictures(train_table: Path, num_features: int) -> list[str]:
     """The pictures that a new projector is fitted to; their features must be there before training starts."""
     return TokenTable.open(train_table).digests[: max(1, WHITENING_TOKENS // num_features)]
+
+
+def sampled_entries(table: TokenTable) -> list[int]:
+    """The rows whose questions are answered while training: always the same, evenly spaced."""
+    count = min(NUM_SAMPLED, len(table))
+    return [index * len(table) // count for index in range(count)]
+
+
+def sampled_pictures(config: Config, stage: StageName, sample_table: Path | None) -> set[str]:
+    """Pictures that sample generations show; none where `train.sample_every_steps` is 0.
+
+    Raises:
+        ConfigError: there are no validation rows to ask about.
+    """
+    every = config.train.sample_every_steps
+    if not every:
+        return set()
+    table = TokenTable.open(sample_table) if sample_table is not None else None
+    if not table:
+        raise ConfigError(
+            f"train.sample_every_steps={every} answers questions of validation rows, and "
+            f"data.{'sft' if stage == 'mpo' else stage} has none: type train.sample_every_steps=0 for this stage"
+        )
+    return {digest for entry in sampled_entries(table) for digest in table[entry].image_sha256}
 
 
 def planned_pictures(job: StageJob) -> set[str]:

@@ -40,7 +40,7 @@ from minivlm.model.checkpoint import MANIFEST, newest_complete
 from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.storage import write_json
 from minivlm.train.feed import newest_step, stage_dataset, stage_worker
-from minivlm.train.job import StageJob, count_steps, whitening_pictures
+from minivlm.train.job import StageJob, count_steps, sampled_pictures, whitening_pictures
 from minivlm.train.metrics import METRICS_FILE, ProgressFollower
 from minivlm.train.placement import check_placement
 from minivlm.train.stages import STAGES, TrainingError
@@ -139,7 +139,11 @@ def make_job(config: Config, stage: StageName) -> StageJob:
     tokenizer_path = layout.tokenizer_path(config)
     tokenizer = load_tokenizer(tokenizer_path)
     train_table, val_table = _tables(config, stage)
-    features = prepare_features(config, tower_path, _read_directly(config, train_table, val_table, initial_export))
+    sample_table = val_table
+    if stage == "mpo" and config.train.sample_every_steps:
+        sample_table = build_tokens(config, "sft", "val")
+    directly = _read_directly(config, train_table, val_table, initial_export)
+    features = prepare_features(config, tower_path, directly | sampled_pictures(config, stage, sample_table))
     streams = config.data.features == "stream" and features.missing(TokenTable.open(train_table).digests)
     num_units = len(TokenTable.open(train_table)) // STAGES[stage].group_size
     if not num_units:
@@ -150,6 +154,7 @@ def make_job(config: Config, stage: StageName) -> StageJob:
         run_dir=layout.run_dir(config, stage),
         train_table=train_table,
         val_table=val_table,
+        sample_table=sample_table,
         features_dir=features.directory,
         encoding=encoding(config, tower_path, features) if streams else None,
         num_features=features.shape[0],

@@ -17,17 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minivlm.data.collate import collate, unpack_batch
+from minivlm.data.batches import read_step
+from minivlm.data.collate import collate
 from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import TokenTable
 from minivlm.model.checkpoint import MANIFEST, CheckpointError, begin, commit, newest_complete, prune
 from minivlm.model.export import save_export
+from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine, StepReport
 from minivlm.train.initial import exported_model, initial_model, prepare_model
 from minivlm.train.job import StageJob, plan_validation
 from minivlm.train.losses import MPOWeights, RewardShift
 from minivlm.train.metrics import METRICS_FILE, MetricsWriter
 from minivlm.train.optimizer import OptimizerSettings
+from minivlm.train.reload import check_export
+from minivlm.train.samples import Sampler
 from minivlm.train.stages import (
     STAGES,
     Batch,
@@ -98,8 +102,11 @@ class StageWorker:
         self.loss_settings = LossSettings(mpo.beta, weights, mpo.sft_token_mean, settings.label_smoothing)
         self.first_step = self._resume()
         self.writer: MetricsWriter | None = None
+        self.sampler: Sampler | None = None
         if self.rank == 0:
             self.writer = MetricsWriter(job.run_dir / METRICS_FILE, after_step=self.first_step)
+            if train.sample_every_steps:
+                self.sampler = Sampler(job, device, after_step=self.first_step)
 
     def run(self, rows: Rows) -> None:
         """Every step that is left, with validation and checkpoints where they are due."""
@@ -116,6 +123,8 @@ class StageWorker:
             is_eval = step + 1 in job.eval_steps
             if is_eval and (val_loss := self._evaluate()) is not None:
                 line["val/loss"] = val_loss
+            if job.is_sampled(step + 1):
+                line |= self._sample(step + 1)
             if self.writer is not None:
                 self.writer.write(line)
             if step + 1 == job.total_steps or (step + 1) % every == 0:
@@ -207,6 +216,11 @@ class StageWorker:
             loss, tokens = loss + float(total) * totals.tokens, tokens + totals.tokens
         return loss / tokens
 
+    def _sample(self, step: int) -> dict[str, float]:
+        """What the weights after `step` steps answer, on rank 0 alone (elsewhere {}): figures for the curve."""
+        current = self._gather(step)
+        return {} if self.sampler is None or current is None else self.sampler.write(step, current)
+
     def _resume(self) -> int:
         found = [newest_complete(self.job.run_dir)] if self.rank == 0 else [None]
         dist.broadcast_object_list(found, src=0)
@@ -225,29 +239,46 @@ class StageWorker:
     def _save(self, step: int, line: dict[str, float]) -> Path:
         """Commit a checkpoint of all ranks; returns its folder."""
         job, train = self.job, self.job.config.train
-        weights = self.engine.gather_state_dict(learning_only=job.settings.lora is not None)
-        self._check_weights(step, weights)
+        current = self._gather(step)
         folder = [begin(job.run_dir, step)] if self.rank == 0 else [None]
         dist.broadcast_object_list(folder, src=0)
         assert folder[0] is not None
-        client_state = {"reward_shift": self.shift.state_dict()}
         self.engine.save(folder[0] / "engine")
         dist.barrier()
-        final: list[Path | None] = [None]
-        if self.export_model is not None and weights is not None:
+        if current is not None:
             save_export(
                 folder[0] / "export",
-                exported_model(self.export_model, weights, job.settings.lora),
+                current,
                 tower_path=job.tower_path,
                 feature_layer=job.config.clip.feature_layer,
                 tokenizer_dir=Path(job.tokenizer_path),
             )
-            meta = {"stage": job.stage, "step": step, "world_size": self.world_size, "zero_stage": train.zero_stage}
-            final = [commit(job.run_dir, step, {**meta, "metrics": line, "client_state": client_state})]
+        meta: dict[str, Any] = {
+            "stage": job.stage,
+            "step": step,
+            "world_size": self.world_size,
+            "zero_stage": train.zero_stage,
+            "metrics": line,
+            "client_state": {"reward_shift": self.shift.state_dict()},
+        }
+        if step == job.total_steps:
+            meta["reload_difference"] = check_export(job, self.engine, folder[0] / "export", current, self.device)
+        final: list[Path | None] = [None]
+        if self.rank == 0:
+            final = [commit(job.run_dir, step, meta)]
             prune(job.run_dir, train.keep_checkpoints, newest=step)
         dist.broadcast_object_list(final, src=0)
         assert final[0] is not None
         return final[0]
+
+    def _gather(self, step: int) -> MiniVLM | None:
+        """The whole current model on rank 0, float32 on the CPU, adapters merged; overwritten by the next call."""
+        lora = self.job.settings.lora
+        weights = self.engine.gather_state_dict(learning_only=lora is not None)
+        self._check_weights(step, weights)
+        if self.export_model is None or weights is None:
+            return None
+        return exported_model(self.export_model, weights, lora)
 
     def _check_weights(self, step: int, weights: dict[str, Tensor] | None) -> None:
         """No checkpoint of weights that are not finite may replace the last good one."""
@@ -262,19 +293,3 @@ class StageWorker:
         if "val/loss" in line:
             metrics["val_loss"] = line["val/loss"]
         self._report_to(metrics, checkpoint)
-
-
-def read_step(rows: Rows, step: int) -> list[Batch]:
-    """The micro-batches of one step on this rank.
-
-    Raises:
-        RuntimeError: the rows are not those of the plan (a dataset built for another checkpoint, say).
-    """
-    batches: list[Batch] = []
-    for row in rows:
-        if row["step"] != step:
-            raise RuntimeError(f"step {step} was due, the dataset gave a micro-batch of step {row['step']}")
-        batches.append(unpack_batch(row["payload"]))
-        if row["is_last"]:
-            return batches
-    raise RuntimeError(f"the dataset ended within step {step}")

@@ -8,19 +8,21 @@
 import json
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from minivlm.log import Progress
 from minivlm.storage import write_bytes
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 SHOWN = {"train/loss": "loss", "val/loss": "val_loss", "rewards/accuracies": "accuracy", "tokens_per_s": "tokens_per_s"}
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Complete lines of a metrics file; a torn last line is left out, a missing file is empty."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Complete lines of a metrics (or samples) file; a torn last line is left out, a missing file is empty."""
     if not path.exists():
         return []
     text = path.read_text()
@@ -39,7 +41,7 @@ class MetricsWriter:
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file: TextIO = path.open("a")
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: Mapping[str, float | str]) -> None:
         """Append one line."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()

@@ -24,7 +24,7 @@ from minivlm.tracking.runs import Run, start_run
 from minivlm.tracking.sweep import log_search
 from minivlm.train.contrastive import train_clip
 from minivlm.train.launch import RESULT_FILE, StageResult, run_stage
-from minivlm.train.metrics import METRICS_FILE
+from minivlm.train.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics
 from minivlm.tune.search import SearchResult, search
 from minivlm.workflow.tables import results_table, sample_rows
 
@@ -65,12 +65,15 @@ def sweep(config: Config, parent: Run | None = None) -> SearchResult:
 
 
 def train(config: Config, stage: StageName, parent: Run | None = None) -> StageResult:
-    """One training stage, its curves followed into MLflow while it runs."""
+    """One training stage, its curves followed into MLflow while it runs; sample generations, if any, at its end."""
     check_tracking(config)
     prepare(config)
     run_dir = layout.run_dir(config, stage)
     with start_run(config, stage, key=run_dir.name, parent=parent) as run, run.follow(run_dir / METRICS_FILE):
-        return run_stage(config, stage)
+        result = run_stage(config, stage)
+        if samples := read_metrics(run_dir / SAMPLES_FILE):
+            run.log_panel("samples", samples)
+        return result
 
 
 def build_preferences(config: Config, parent: Run | None = None) -> Path:

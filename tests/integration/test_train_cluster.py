@@ -35,8 +35,9 @@ from minivlm.model.export import load_export
 from minivlm.model.vlm import sequence_logps
 from minivlm.storage import write_json
 from minivlm.train.launch import StageResult, check_resources, finish, finished_stage, make_job, run_stage
-from minivlm.train.metrics import METRICS_FILE, read_metrics
+from minivlm.train.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics
 from minivlm.train.stages import TrainingError
+from minivlm.workflow.steps import train
 from tests.train_processes import run_job
 
 pytestmark = pytest.mark.cluster
@@ -181,11 +182,19 @@ def next_cache(config: Config) -> Path:
     return next(path for path in layout.features_root(config).iterdir() if path.is_dir())
 
 
-def test_mpo_starts_where_policy_is_reference_and_widens_the_margin(pretrained: tuple[Config, StageResult]):
-    config = pretrained[0]
+def test_mpo_starts_where_policy_is_reference_and_widens_the_margin(
+    pretrained: tuple[Config, StageResult], settings: Path
+):
+    config = load_config(settings, ["train.sample_every_steps=20", "evaluation.max_new_tokens=4"])
     run_stage(config, "sft")
     write_pairs(config)
-    curve = read_metrics(run_stage(config, "mpo").run_dir / METRICS_FILE)
+    result = train(config, "mpo")
+    curve = read_metrics(result.run_dir / METRICS_FILE)
+    samples = read_metrics(result.run_dir / SAMPLES_FILE)
+    assert [line["step"] for line in samples] == [step for step in (20, result.steps) for _ in range(4)]
+    assert {line["truth"] for line in samples} <= set(COLOURS)  # the validation questions of sft
+    [panel] = layout.mlflow_dir(config).rglob("panels/samples.json")
+    assert json.loads(panel.read_text())["rows"] == samples
     assert curve[0]["train/loss"] == pytest.approx(1.2 * math.log(2) + curve[0]["train/loss/sft"], abs=1e-3)
     assert curve[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
     assert curve[-1]["rewards/margins"] > 0.05

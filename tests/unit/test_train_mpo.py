@@ -2,13 +2,19 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minivlm.model.vlm import TokenLogps
+from minivlm.data.collate import collate
+from minivlm.data.plan import plan_epoch
+from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
+from minivlm.model.language import build_language_model
+from minivlm.model.vlm import MiniVLM, TokenLogps
 from minivlm.train.losses import (
     MPOWeights,
     RewardShift,
@@ -237,3 +243,37 @@ def test_shift_is_zero_in_the_first_step_then_the_mean_of_all_earlier_pairs():
     assert shift.value == pytest.approx(0.025)
     shift.update(reward_sum=(0.15 - 0.20) * 3, num_pairs=3)
     assert shift.value == pytest.approx((0.05 - 0.15) / 8)
+
+
+def test_a_pairs_picture_is_read_and_projected_once(tmp_path: Path):
+    """Chosen and rejected answer show it, and are in one micro-batch whatever the layout."""
+    image, num_pairs, width = 50, 11, 16
+    generator = np.random.default_rng(0)
+    entries = []
+    for index in range(2 * num_pairs):
+        ids = np.concatenate([[image] * 3, generator.integers(1, 50, 4 + index % 7)]).astype(np.int32)
+        labels = np.where(np.arange(len(ids)) > 4, ids, IGNORE).astype(np.int32)
+        entries.append(EncodedSample(str(index), ids, labels, (f"{index // 2:064x}",)))
+    table = TokenTable.write(tmp_path / "table", entries, group_size=2, reference_logps=[0.0] * len(entries))
+    asked: list[str] = []
+
+    def features(digests: tuple[str, ...]) -> Tensor:
+        asked.extend(digests)
+        return torch.randn(len(digests), 3, width)
+
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    sizes |= {"head_dim": width, "intermediate_size": 16, "rope_theta": 1e4}
+    language = build_language_model(path=None, architecture="llama", sizes=sizes, vocab_size=60, seed=0)
+    model = MiniVLM(torch.nn.Linear(width, width), language, image)
+    projected: list[int] = []
+    model.projector.register_forward_hook(lambda module, inputs, output: projected.append(len(output)))
+    plan = plan_epoch(
+        table.lengths, group_size=2, seed=0, epoch=0, global_batch_size=4, world_size=2, micro_batch_tokens=48,
+        pack_length=24,
+    )  # fmt: skip
+    micro_batches = [rows for step in plan for rows in step.micro_batches]
+    for rows in micro_batches:
+        model(collate(table, rows, features, image_token_id=image, pad_token_id=0))
+    assert len([rows for rows in micro_batches if rows]) > len(plan)  # several per step
+    assert sorted(asked) == sorted(table.digests)
+    assert sum(projected) == num_pairs
