@@ -1,5 +1,4 @@
-"""What Ray Data tasks run to make micro-batches: planned rows -> collated, serialized batches, one table row each;
-and how a worker reads them.
+"""What Ray Data tasks run to make micro-batches, planned rows -> one table row each, and how a worker reads them.
 
 Imports torch only inside the task: Ray Data's coordinators import this module too.
 """
