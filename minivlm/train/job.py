@@ -66,6 +66,11 @@ class StageJob:
         """Numbers of finished steps after which the validation loss is computed; the last is the end."""
         return evenly_spaced(self.total_steps, self.settings.num_evals)
 
+    @property
+    def keeps_copies_on_host(self) -> bool:
+        """Whether a whole copy of the model beside the trained one stays on the CPU: where parameters do."""
+        return self.config.train.offload == "optimizer_and_parameters"
+
     def is_sampled(self, step: int) -> bool:
         """Whether questions are answered after `step` finished steps."""
         every = self.config.train.sample_every_steps

@@ -26,8 +26,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 """Largest difference of a logit, as a share of the largest logit. In float32 the products are the same and so, where
 libraries choose the same kernel for differently aligned memory, are the bits; merged adapters and bfloat16 round."""
 
-ADAPTER_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""As above, where adapters were merged into the weights: other products than those of the live model."""
+ROUNDED_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+"""As above, where the live model has other products: merged adapters, or a device that holds no second model."""
 
 
 def check_export(
@@ -57,8 +57,9 @@ def check_export(
     found: list[str | None] = [None]
     if written is not None:
         try:
-            has_adapters = lora is not None
-            difference = check_reload(directory, written, logits, batch, precision=precision, has_adapters=has_adapters)
+            is_rounded = lora is not None or job.keeps_copies_on_host
+            logits = logits.cpu() if job.keeps_copies_on_host else logits
+            difference = check_reload(directory, written, logits, batch, precision=precision, is_rounded=is_rounded)
         except CheckpointError as error:
             found = [str(error)]
     dist.broadcast_object_list(found, src=0)
@@ -99,15 +100,16 @@ def probe_logits(model: MiniVLM, forward: Callable[[Batch], Any], batch: Batch) 
 
 
 def check_reload(
-    directory: Path, written: MiniVLM, live_logits: Tensor, batch: Batch, *, precision: str, has_adapters: bool
+    directory: Path, written: MiniVLM, live_logits: Tensor, batch: Batch, *, precision: str, is_rounded: bool
 ) -> float:
     """Read an export and compare it with what was written and with the model that was trained.
 
     Args:
         written: the model that the export was made of, float32 on the CPU.
-        live_logits: `probe_logits` of the live model, on its device.
-        batch: what they were computed from, on the same device.
+        live_logits: `probe_logits` of the live model, on the device that the export is to run on.
+        batch: what they were computed from, on any device.
         precision: arithmetic of the live model; the export's weights are rounded to it.
+        is_rounded: the live model did not compute the same products, see `ROUNDED_TOLERANCE`.
 
     Returns:
         The largest difference of a logit.
@@ -122,8 +124,9 @@ def check_reload(
             raise CheckpointError(f"{directory}: {name} is not read as it was written")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     vlm = vlm.to(live_logits.device, dtype)
+    batch = {name: tensor.to(live_logits.device) for name, tensor in batch.items()}
     difference = float((probe_logits(vlm, vlm, batch) - live_logits).abs().max())
-    tolerance = (ADAPTER_TOLERANCE if has_adapters else TOLERANCE)[precision] * float(live_logits.abs().max())
+    tolerance = (ROUNDED_TOLERANCE if is_rounded else TOLERANCE)[precision] * float(live_logits.abs().max())
     if not difference <= tolerance:  # nor where it is no number
         raise CheckpointError(
             f"{directory}: logits differ by {difference:.2g} from those of the trained model, at most {tolerance:.2g} "

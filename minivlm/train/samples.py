@@ -50,7 +50,8 @@ class Sampler:
         table = TokenTable.open(job.sample_table)
         self._tokenizer = load_tokenizer(job.tokenizer_path)
         self._questions = [first_question(table[entry], job.image_token_id) for entry in sampled_entries(table)]
-        self._job, self._device = job, device
+        self._job = job
+        self._device = torch.device("cpu") if job.keeps_copies_on_host else device
         self._writer = MetricsWriter(job.run_dir / SAMPLES_FILE, after_step=after_step)
 
     def write(self, step: int, vlm: MiniVLM) -> dict[str, float]:

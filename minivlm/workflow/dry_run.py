@@ -20,6 +20,7 @@ from minivlm.model.lora import count_adapters
 from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.initial import choose_learning
+from minivlm.train.job import NUM_SAMPLED
 from minivlm.train.placement import DATA_CPUS, check_placement
 
 ROOM_FOR_TEXT = 256
@@ -181,6 +182,8 @@ def _placement(config: Config) -> list[str]:
     lines.append(f"on               {where}")
     again = "computed again" if train.gradient_checkpointing else "kept"
     lines.append(f"memory           activations {again}, offload to the host: {train.offload.replace('_', ' ')}")
+    if train.sample_every_steps:
+        lines.append(f"samples          {NUM_SAMPLED} validation questions every {train.sample_every_steps} steps")
     lines += _at_once(config, streams, is_local=not cluster)
     lines += [f"{stage:<16} {_state(layout.run_dir(config, stage))}" for stage in STAGE_NAMES]
     return lines

@@ -25,6 +25,7 @@ def test_what_each_stage_learns_is_counted(tmp_path):
         "train.mpo.lora={rank: 2, targets: [q_proj]}",
         "train.mpo.muon_learning_rate=0",
         "train.gradient_checkpointing=true",
+        "train.sample_every_steps=50",
     ]
     text = describe(load_config(CONFIGS / "tiny.yaml", overrides))
     projector, layer = 192 * 128 + 128 + 128 * 128 + 128, 4 * 128 * 128 + 3 * 128 * 512 + 2 * 128 + 2 * 32
@@ -32,6 +33,7 @@ def test_what_each_stage_learns_is_counted(tmp_path):
     assert f"sft learns       {projector + 2 * layer:,}: projector, language_model.edges (1 at each end)" in text
     assert f"mpo learns       {projector + 3 * 2 * 256:,}: projector, language_model by adapters of rank 2" in text
     assert "activations computed again, offload to the host: none" in text
+    assert "samples          8 validation questions every 50 steps" in text
 
 
 def test_demo_prints_its_parameters_and_rows(tmp_path):

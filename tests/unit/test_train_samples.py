@@ -158,7 +158,7 @@ def test_another_models_logits_are_told_apart(tiny_parts: Path, tmp_path: Path):
     vlm, batch = load_export(tiny_parts / "export").vlm, probe_batch(job)
     logits = probe_logits(vlm, vlm, batch)
     assert logits.shape[0] == int((batch["segment_ids"] != 0)[:, 1:].sum())
-    settings = {"precision": "float32", "has_adapters": False}
+    settings = {"precision": "float32", "is_rounded": False}
     assert check_reload(tiny_parts / "export", vlm, logits, batch, **settings) == 0.0
     logits[0, 0] += 1e-3 * float(logits.abs().max())
     with pytest.raises(CheckpointError, match="logits differ by"):
