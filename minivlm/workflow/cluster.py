@@ -59,12 +59,17 @@ def connect(config: Config) -> None:
     )
 
 
+def is_connected() -> bool:
+    """Whether this process is attached to a cluster."""
+    return bool(ray.is_initialized())
+
+
 def disconnect() -> None:
     """Leave the cluster; of one that was started here, also end the processes that outlive it.
 
     A controller of Ray Train 2.60 sometimes hangs in its own exit, where Ray no longer looks for it.
     """
-    if ray.is_initialized():
+    if is_connected():
         started = [child for child in psutil.Process().children(recursive=True) if child not in _not_ours]
         ray.shutdown()
         end_processes(started, EXIT_TIMEOUT_S)

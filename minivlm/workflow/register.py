@@ -8,18 +8,21 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minivlm import layout
-from minivlm.config import Config
+from minivlm.config import Config, ConfigError
 from minivlm.evaluation.gate import Check, check_better, examine
 from minivlm.evaluation.results import read_results, read_rows
-from minivlm.inference.exports import stage_export
+from minivlm.evaluation.runner import evaluate_exports
+from minivlm.inference.exports import folder_export, stage_export
 from minivlm.log import get_logger
+from minivlm.storage import file_sha256
 from minivlm.tracking.card import gate_section, model_card, result_metrics
 from minivlm.tracking.client import check_tracking
-from minivlm.tracking.manifest import read_manifest
 from minivlm.tracking.registry import (
     GATE_METRIC,
+    ChampionVersion,
     champion_number,
     download_version,
     find_evaluation,
@@ -28,10 +31,12 @@ from minivlm.tracking.registry import (
     make_champion,
     promotion_lock,
     register_candidate,
+    resolve_champion,
     version_digest,
     write_card,
 )
 from minivlm.tracking.runs import Run, start_run
+from minivlm.workflow.cluster import connect, is_connected
 from minivlm.workflow.steps import finished_stages
 
 log = get_logger(__name__)
@@ -141,21 +146,34 @@ def _checks(
             return [*checks, Check("better", None, "not looked at")]
         if champion is None:
             return [*checks, Check("better", True, "there is no champion to beat")]
-        kept = Path(place) / "evaluation"
-        kept.mkdir()
-        if not find_evaluation(config, champion, questions, kept):
-            return [*checks, _not_asked(champion, questions)]
-        other = Path(place) / "champion"
-        other.mkdir()
-        download_version(config, champion, other)
-        tokenizers = [read_manifest(folder)[1]["tokenizer.json"] for folder in (stored, other)]
-        return [*checks, check_better(rows, read_rows(kept), champion, (tokenizers[0], tokenizers[1]))]
+        tokenizer = file_sha256(stored / "tokenizer.json")
+    serving = resolve_champion(config)
+    champion_rows = _champion_rows(config, serving, questions)
+    if isinstance(champion_rows, Check):
+        return [*checks, champion_rows]
+    tokenizers = (tokenizer, file_sha256(serving.path / "tokenizer.json"))
+    return [*checks, check_better(rows, champion_rows, serving.version, tokenizers)]
 
 
-def _not_asked(champion: int, questions: str) -> Check:
-    return Check(
-        "better",
-        False,
-        f"no answers of champion {champion} to these questions ({questions}) are kept with it",
-        "Register the champion again with these data and evaluation settings, then this model",
-    )
+def _champion_rows(config: Config, serving: ChampionVersion, questions: str) -> list[dict[str, Any]] | Check:
+    """The champion's answers to these questions: those kept with it, else it is asked now, on a cluster.
+
+    A `Check` says why it cannot be asked under this configuration.
+    """
+    with tempfile.TemporaryDirectory(dir=config.root, prefix=".gate-") as place:
+        if find_evaluation(config, serving.version, questions, Path(place)):
+            return read_rows(Path(place))
+    log.info("champion %d was not asked these questions (%s): asking it now", serving.version, questions)
+    if not is_connected():
+        connect(config)
+    try:
+        [folder] = evaluate_exports(config, [folder_export(f"champion-{serving.version}", serving.path)])
+    except ConfigError as error:
+        measured = f"champion {serving.version} cannot be asked these questions: {error}"
+        return Check("better", False, measured, "To serve the new one without a comparison, move @champion in MLflow")
+    asked = str(read_results(folder)["questions"])
+    if asked != questions:
+        measured = f"its questions ({questions}) are not those of these settings ({asked})"
+        return Check("better", False, measured, "Run python -m jobs.evaluate and this command with the same settings")
+    keep_evaluation(config, serving.version, questions, folder)
+    return read_rows(folder)

@@ -36,6 +36,9 @@ from minivlm.preferences.reference import add_reference_logps
 from minivlm.preferences.sampling import build_pairs
 from minivlm.schema import Message, Sample
 from minivlm.storage import file_sha256, write_json
+from minivlm.tracking.registry import find_evaluation
+from minivlm.tracking.runs import start_run
+from minivlm.workflow.register import Candidate, submit
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 NUM_PICTURES = 24
@@ -206,6 +209,27 @@ def test_exports_stand_side_by_side_and_a_killed_evaluation_goes_on(toy: Config,
     assert evaluate_exports(other, exports) == folders
     assert read_rows(folders[1]) == copied
     assert chunks[0].stat().st_mtime_ns == untouched
+
+
+def test_a_champion_that_was_not_asked_the_questions_is_asked_before_it_is_compared(
+    toy: Config, tmp_path: Path
+) -> None:
+    other = _with(toy, max_new_tokens=7)
+    export = stage_export(toy, "sft")
+    copy = shutil.copytree(export.export_dir, tmp_path / "copy")
+    (copy / "notes.txt").write_text("another version with the same weights")
+    entries = [(toy, export), (other, folder_export("copy", copy))]
+    with start_run(toy, "register") as run:
+        found = [
+            submit(config, Candidate(entry.export_dir, evaluate_exports(config, [entry])[0], "# card"), run)
+            for config, entry in entries
+        ]
+    assert [(result.promoted, result.champion) for result in found] == [(True, 1), (False, 1)]
+    assert "refused by gate `better`: +0.00 points on champion 1" in found[1].reason
+    [asked] = (toy.root / "evaluations").glob("champion-1-*")
+    questions = read_results(asked)["questions"]
+    assert find_evaluation(toy, 1, questions, tmp_path / "kept")
+    assert read_rows(tmp_path / "kept") == read_rows(asked)
 
 
 def _with(config: Config, **settings: Any) -> Config:

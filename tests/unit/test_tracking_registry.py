@@ -40,7 +40,7 @@ class Desk:
         self.config, self.run, self.export, self.folder = config, run, export, folder
         self.client: MlflowClient = connect(config)
 
-    def candidate(self, name: str, scores: list[float], questions: str = "q1") -> Candidate:
+    def candidate(self, name: str, scores: list[float]) -> Candidate:
         """An export that differs from others in one weight, and its evaluation."""
         export = self.folder / name
         shutil.copytree(self.export, export)
@@ -56,7 +56,7 @@ class Desk:
         ]
         (evaluation / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         mean = sum(scores) / len(scores)
-        figures = {"macro": mean, "variants": {}, "tasks": {}, "caption": None, "questions": questions}
+        figures = {"macro": mean, "variants": {}, "tasks": {}, "caption": None, "questions": "q1"}
         (evaluation / "results.json").write_text(json.dumps(figures))
         return Candidate(export, evaluation, f"# {name}\n")
 
@@ -108,13 +108,6 @@ def test_a_file_spoilt_in_the_store_is_refused_and_stored_anew_by_the_same_comma
     assert "refused by gate `complete`: model.safetensors is damaged" in result.reason
     assert desk.alias("champion") is None
     assert desk.submit(candidate).promoted
-
-
-def test_a_champion_that_was_asked_other_questions_is_not_compared(desk):
-    desk.submit(desk.candidate("first", WEAK))
-    result = desk.submit(desk.candidate("second", STRONG, questions="q2"))
-    assert not result.promoted
-    assert "no answers of champion 1 to these questions (q2) are kept" in result.reason
 
 
 def test_of_two_registrations_at_once_the_better_one_serves_in_the_end(desk):
