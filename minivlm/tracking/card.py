@@ -112,7 +112,10 @@ def gate_section(rows: Sequence[tuple[str, bool | None, str]], version: int, out
         outcome: `passed`, or the gate that refused it.
     """
     words = {True: "passed", False: "refused", None: "-"}
-    lines = [f"| {gate} | {words[passed]} | {measured.replace('|', '/')} |" for gate, passed, measured in rows]
+    lines = [
+        f"| {gate} | {words[passed]} | {' '.join(measured.split()).replace('|', '/')} |"
+        for gate, passed, measured in rows
+    ]
     decision = "passed every gate" if outcome == "passed" else f"was refused by gate `{outcome}`"
     table = "\n".join(["| gate | outcome | measured |", "|---|---|---|", *lines])
     return f"\n## Gate\nVersion {version} {decision} when it was registered.\n\n{table}\n"

@@ -60,6 +60,7 @@ def measure(config: Config, asked: Asked) -> Measured:
     Raises:
         ConfigError, DataError, ValueError: nothing to compare, too many bad rows, or no CLIP with a text side.
     """
+    _check_asked(asked)
     check_tracking(config)
     tower = config.clip.path or prepare_tower(config)
     given = replace(scoring(config, layout.tokenizer_path(config)), store=layout.embeddings_root(config))
@@ -100,6 +101,7 @@ def measure(config: Config, asked: Asked) -> Measured:
 
 def describe(config: Config, asked: Asked) -> str:
     """The dry run: what would be compared and where it would be computed. Reads the files, writes nothing."""
+    _check_asked(asked)
     clip, root = config.clip, layout.tower_path(config)
     trained = "" if clip.path else " (trained here)" if Path(root).is_dir() else " (to be trained here first)"
     lines = [f"CLIP        {root}{trained}"]
@@ -122,6 +124,14 @@ def describe(config: Config, asked: Asked) -> str:
         f"{clip.encode_batch_size} at a time, {clip.encode_precision}; kept in {layout.embeddings_root(config)}"
     )
     return "\n".join(lines)
+
+
+def _check_asked(asked: Asked) -> None:
+    """Refuse options that nothing would read."""
+    if asked.image_root and not asked.captions:
+        raise ConfigError("--image-root is of a captions file: add --captions FILE, or leave it out")
+    if asked.templates and asked.captions and not asked.classes:
+        raise ConfigError("--template is of classes: add --classes FOLDER, or leave it out")
 
 
 def _uses_rows(asked: Asked) -> bool:

@@ -215,6 +215,9 @@ def test_the_dry_run_counts_and_a_template_without_a_place_is_refused(pictures):
     text = describe(config, Asked(classes=pictures / "classes", templates=("a {}.", "the {}.")))
     assert "zero-shot   2 pictures, 2 classes (blue, red ring, ..), 2 templates ('a {}.')" in text
     assert not (pictures / "home").exists()
+    for asked in (Asked(image_root=pictures), Asked(captions=pictures, templates=("a {}",))):
+        with pytest.raises(ConfigError, match="or leave it out"):
+            describe(config, asked)
     for template in ("a thing", "{} and {}", "{0.__class__} {}", "a {x} {}"):
         with pytest.raises(ConfigError, match="must hold"):
             describe(config, Asked(classes=pictures / "classes", templates=(template,)))

@@ -53,7 +53,7 @@ def test_the_card_says_which_library_loads_the_model():
 
 
 def test_the_gates_table_stays_a_table_whatever_was_measured():
-    section = gate_section([("complete", True, "a | b"), ("better", None, "not looked at")], 3, "complete")
+    section = gate_section([("complete", True, "a |\nb"), ("better", None, "not looked at")], 3, "complete")
     assert "Version 3 was refused by gate `complete`" in section
     assert "| complete | passed | a / b |" in section
     assert "| better | - | not looked at |" in section
