@@ -1,8 +1,11 @@
 """The rules that make chosen/rejected pairs, on cases small enough to check by hand."""
 
+from random import Random
+
 import pytest
 
 from minivlm.preferences.pairs import Asked, choose_pairs, entails, is_well_formed, judge, keep_minority
+from minivlm.scoring.text_metrics import edit_distance
 
 RIGHT = "I see 2 and 1.\nFinal answer: 3"
 WRONG = "I see 2 and 2.\nFinal answer: 4"
@@ -107,3 +110,45 @@ def test_format_pairs_stay_a_minority() -> None:
     assert len(kept) == 10
     assert kept[:8] == list(range(8))
     assert keep_minority(["format"] * 5, seed=0) == []
+
+
+def test_a_wrong_reading_of_a_document_is_never_chosen() -> None:
+    """Texts at every distance from the truth: only those that differ in at most a tenth of their characters, and in no
+    digit, are chosen."""
+    truth = "Invoice 4711 of Miller and Sons"
+    random = Random(0)
+    readings = ["".join(random.choice("ab47") if random.random() < share else char for char in truth)
+                for share in (0.0, 0.02, 0.05, 0.2, 0.5, 1.0) for _ in range(20)]  # fmt: skip
+    asked = Asked(truth, reasoned=False, verifier="anls")
+    made = choose_pairs([*readings, truth[::-1], "4711"], asked, max_pairs=10_000, seed="q1")
+    assert len(made.pairs) > 100
+    for pair in made.pairs:
+        assert edit_distance(pair.chosen, truth) <= 0.1 * len(truth)
+        assert [char for char in pair.chosen if char.isdigit()] == list("4711")
+
+
+def test_at_most_mmprs_fifteen_pairs_of_a_question() -> None:
+    answers = [f"{i} then.\nFinal answer: {3 + i % 2}" for i in range(32)]
+    assert len(choose_pairs(answers, THREE, max_pairs=15, seed="q1").pairs) == 15
+
+
+def test_more_broken_forms_fill_the_room_that_is_left() -> None:
+    broken = [f"{i}, so 3." for i in range(4)]
+    made = choose_pairs([RIGHT, WRONG, *broken], THREE, max_pairs=4, max_format_pairs=9, seed="q1")
+    assert [pair.kind for pair in made.pairs] == ["correctness"] + 3 * ["format"]
+    none = choose_pairs([RIGHT, WRONG, *broken], THREE, max_pairs=4, max_format_pairs=0, seed="q1")
+    assert [pair.kind for pair in none.pairs] == ["correctness"]
+
+
+def test_right_answers_take_the_truths_spelling_where_asked() -> None:
+    dog = Asked("dog", reasoned=True, fixes=True)
+    answers = ["A tail.\nFinal answer: **the dog.**", "A tail.\nFinal answer: dog", "Ears.\nFinal answer: cat"]
+    made = choose_pairs(answers, dog, max_pairs=9, seed="q1")
+    assert [(p.chosen, p.rejected) for p in made.pairs] == [("A tail.\nFinal answer: dog", answers[2])]
+    assert made.drops["identical_text"] == 1
+
+
+def test_answers_to_a_prompt_of_ours_are_checked_by_its_form() -> None:
+    boxed = Asked("3", reasoned=False, style="boxed_en")
+    texts = ["One and two are three.\n\\boxed{3}", "One and two are four.\n\\boxed{4}", RIGHT]
+    assert [judge(text, boxed).verdict for text in texts] == ["right", "wrong", "malformed"]
