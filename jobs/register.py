@@ -8,6 +8,8 @@ Gates: complete (files, manifest), finite (weights, figures), reloads (stored fi
 
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from jobs.common import CONFIG, OVERRIDES, run_job
 from minivlm.config import load_config
 from minivlm.log import quiet_libraries
@@ -17,6 +19,7 @@ from minivlm.workflow.register import register
 def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:
     settings = load_config(config, overrides or [])
     quiet_libraries()
+    disable_progress_bar()
     print(register(settings).table)
 
 

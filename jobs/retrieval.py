@@ -1,8 +1,11 @@
 """Measure the CLIP tower: image-text recall@k both ways, and zero-shot classification with prompt templates.
 
 python -m jobs.retrieval --config configs/tiny.yaml
+
 python -m jobs.retrieval --captions captions_val2014.json --image-root val2014 clip.path=openai/clip-vit-base-patch32
+
 python -m jobs.retrieval --captions dataset_coco.json --image-root coco clip.path=/models/my-clip --dry-run
+
 python -m jobs.retrieval --classes my/birds --template "a photo of a {}, a bird." --template "a drawing of a {}."
 
 Without a file or folder: captions of the test split, and with the embedded data set drawn pictures of one shape.

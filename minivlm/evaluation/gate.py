@@ -156,15 +156,17 @@ def check_better(rows: Rows, champion_rows: Rows, champion: int, vocabularies: t
     found = paired_macro_difference(scores, baseline, clusters)
     if found.low is None or found.high is None or found.p_value is None:
         return Check("better", False, f"{found.n} questions about one picture tell nothing", "Add pictures to the test")
+    p_value = max(found.p_value, 1e-9)  # smaller ones are rounding
     measured = (
         f"{100 * found.difference:+.2f} points on champion {champion}, 95 % interval {100 * found.low:+.2f} to "
-        f"{100 * found.high:+.2f}, p = {found.p_value:.2g}, {found.n} questions about {found.num_clusters} pictures"
+        f"{100 * found.high:+.2f}, p = {p_value:.2g}, {found.n} questions about {found.num_clusters} pictures"
     )
     if found.low > 0:
         return Check("better", True, measured)
-    smallest = f" Such a set shows {100 * found.minimum_difference:.2f} points" if found.minimum_difference else ""
+    verdict = "worse beyond the noise" if found.high < 0 else "not beyond the noise"
+    smallest = f". Such a set shows {100 * found.minimum_difference:.2f} points" if found.minimum_difference else ""
     return Check(
-        "better", False, f"{measured}: not beyond the noise.{smallest}",
+        "better", False, f"{measured}: {verdict}{smallest}",
         "Train further, or ask more test questions (evaluation.max_questions_per_task=null, data.test_fraction)",
     )  # fmt: skip
 
@@ -181,7 +183,7 @@ def _by_question(rows: Rows) -> dict[tuple[str, str], Mapping[str, Any]]:
 def _vocabulary(folder: Path) -> str:
     try:
         settings = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return f"{len(settings['model']['vocab'])} token tokenizer"
+        return f"a tokenizer of {len(settings['model']['vocab'])} entries"
     except (OSError, ValueError, KeyError, TypeError):
         return "a tokenizer of unknown size"  # gate `reloads` refuses what cannot be read
 

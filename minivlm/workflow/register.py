@@ -123,7 +123,6 @@ def _refusal(version: int, champion: int | None, checks: Sequence[Check], first:
         f"version {version} is refused by gate `{first.gate}`: {first.measured}. {first.advice}. "
         f"It waits as @challenger, {kept}"
     )
-    log.info("%s", reason)
     return PromotionResult(False, reason, version, champion, tuple(checks))
 
 

@@ -141,6 +141,12 @@ def test_a_difference_beyond_the_noise_passes():
     assert check.measured.startswith("+75.00 points on champion 3")
 
 
+def test_what_is_worse_is_called_worse():
+    check = check_better(answers([0.0] * 40), answers([1.0, 1.0, 1.0, 0.0] * 10), 3, SAME)
+    assert refused(check, "better", "-75.00 points on champion 3")
+    assert "worse beyond the noise" in check.measured
+
+
 def test_equal_answers_are_not_better():
     assert refused(check_better(answers([1.0] * 6), answers([1.0] * 6), 3, SAME), "better", "+0.00 points")
 
