@@ -82,6 +82,14 @@ def count_placeholders(messages: Sequence[Message]) -> int:
     return sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role != "assistant")
 
 
+def turn_content(text: str, num_pictures: int) -> str:
+    """Content of one turn: its pictures first, as in the training data, then its text.
+
+    A literal `<image>` in the text would count as a picture, so it is set apart as `< image>`.
+    """
+    return f"{IMAGE_PLACEHOLDER}\n" * num_pictures + text.replace(IMAGE_PLACEHOLDER, "< image>")
+
+
 def _check_images(messages: Sequence[Message], num_images: int | None) -> None:
     found = count_placeholders(messages)
     if num_images is not None and found != num_images:

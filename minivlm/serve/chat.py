@@ -11,10 +11,11 @@ from fastapi import Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from minivlm.data.chat import turn_content
 from minivlm.log import get_logger
 from minivlm.model.generate import Prompt
 from minivlm.schema import Message
-from minivlm.serve.engine import Engine, Sampling, Slot, turn_content
+from minivlm.serve.engine import Engine, Sampling, Slot
 from minivlm.serve.errors import ApiError, echo
 from minivlm.serve.media import decode_data_url
 from minivlm.serve.protocol import ChatMessage, ChatRequest, Envelope, usage

@@ -26,7 +26,7 @@ from minivlm.data.images import BadImage, ImageLimits, open_image
 from minivlm.log import get_logger
 from minivlm.model.export import load_export, load_export_tower
 from minivlm.model.generate import Prompt, stream_generate
-from minivlm.schema import IMAGE_PLACEHOLDER, Message
+from minivlm.schema import Message
 from minivlm.serve.errors import ApiError, plain
 from minivlm.serve.text import Detokenizer, StopFilter
 
@@ -239,11 +239,3 @@ class Engine:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._decoder.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def turn_content(text: str, num_pictures: int) -> str:
-    """Content of one turn: its pictures first, as in the training data, then its text.
-
-    A literal `<image>` in the text would count as a picture, so it is set apart as `< image>`.
-    """
-    return f"{IMAGE_PLACEHOLDER}\n" * num_pictures + text.replace(IMAGE_PLACEHOLDER, "< image>")

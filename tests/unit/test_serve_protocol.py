@@ -6,7 +6,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from minivlm.serve.engine import turn_content
+from minivlm.data.chat import turn_content
 from minivlm.serve.errors import ApiError, from_validation
 from minivlm.serve.media import decode_data_url
 from minivlm.serve.protocol import ChatRequest

@@ -10,12 +10,13 @@ import httpx
 import pytest
 import torch
 
+from minivlm.data.chat import turn_content
 from minivlm.data.images import ImageLimits, open_image
 from minivlm.model.vision import VisionTower
 from minivlm.schema import Message
 from minivlm.serve.api import build_api
 from minivlm.serve.chat import Served
-from minivlm.serve.engine import Engine, turn_content
+from minivlm.serve.engine import Engine
 from tests.tiny_export import NUM_IMAGE_TOKENS, build_export, data_url, png
 
 LIMITS = ImageLimits(max_bytes=1_000_000, max_pixels=25_000_000, max_side=8192, max_aspect=20.0)
