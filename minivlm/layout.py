@@ -141,7 +141,7 @@ def _location_key(location: str) -> list[Any]:
 
 _SHOWING = {
     *("num_actors", "cpus_per_actor", "gpus_per_actor", "threads_per_actor"),
-    *("exports", "baseline", "report_samples_per_task"),
+    *("exports", "baseline", "report_samples_per_task", "heat_maps"),
 }
 """Settings of an evaluation that change neither a question nor an answer."""
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from minivlm.config.base import Frozen
 from minivlm.config.benchmarks import BenchmarkConfig
@@ -45,6 +45,9 @@ class EvaluationConfig(Frozen):
 
     report_samples_per_task: PositiveInt = 12
     """Questions per task shown in the report with their picture."""
+
+    heat_maps: NonNegativeInt = 4
+    """Questions for which the report shows where each checkpoint looked, computed when it is evaluated; 0 = none."""
 
     benchmarks: tuple[BenchmarkConfig, ...] = ()
     """Public benchmarks, asked beside the test split as tasks of their own."""

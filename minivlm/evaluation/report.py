@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from minivlm.config import Config, ConfigError
-from minivlm.data.images import BadImage, ImageLimits, open_image
+from minivlm.data.images import BadImage, ImageLimits, read_image
 from minivlm.data.settings import image_limits
+from minivlm.evaluation.board import leader_board, metric_rows, task_rows, variant_names
 from minivlm.evaluation.curves import HEIGHT, WIDTH, Chart, stage_charts
-from minivlm.evaluation.results import read_results, read_rows
-from minivlm.evaluation.tasks import CAPTION
+from minivlm.evaluation.results import read_attention, read_results, read_rows
+from minivlm.evaluation.slices import find_slices
 from minivlm.storage import write_bytes
 
 _THUMBNAIL_PX = 224
@@ -32,8 +33,8 @@ def write_report(config: Config, folders: Sequence[Path], path: Path) -> Path:
     """Write the page.
 
     Args:
-        folders: of evaluations of the same questions, in the order shown; the last one decides which samples are
-            failures.
+        folders: of evaluations of the same questions, in the order shown. The first one is what the others are compared
+            with; the last one decides which samples are failures and orders the slices.
         path: the HTML file.
 
     Raises:
@@ -52,16 +53,18 @@ def write_report(config: Config, folders: Sequence[Path], path: Path) -> Path:
     rows = [read_rows(folder) for folder in folders]
     limits = image_limits(config)
     chosen = choose_samples(rows[-1], config.evaluation.report_samples_per_task)
-    template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    ).get_template("report.html.jinja")
-    page = template.render(
-        stages=names,
-        results=results,
-        tasks=_task_rows(results),
-        languages=sorted({language for result in results for language in result["languages"]}),
+    tasks = task_rows(results)
+    page = _template().render(
+        names=names,
+        board=leader_board(results, rows),
+        variants=variant_names(results),
+        tasks=tasks,
+        metrics=metric_rows(tasks),
+        languages=sorted({row["language"] for row in rows[-1]}),
         charts=[chart for result in results for chart in _charts(result)],
         chart_size=(WIDTH, HEIGHT),
+        slices=find_slices(rows),
+        looked=_looked([read_attention(folder) for folder in folders], rows, limits),
         samples=[_sample(index, rows, limits) for index in chosen],
         num_questions=results[-1]["num_questions"],
     )
@@ -69,9 +72,27 @@ def write_report(config: Config, folders: Sequence[Path], path: Path) -> Path:
     return path
 
 
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template("report.html.jinja")
+
+
 def _charts(result: dict[str, Any]) -> list[Chart]:
-    """Curves of the run that wrote the checkpoint RUN/checkpoints/NAME; of another kind of folder none."""
+    """Curves of the run that wrote a stage's checkpoint RUN/checkpoints/NAME; a folder from elsewhere has none."""
+    if result["stage"] is None:
+        return []
     return stage_charts(result["name"], Path(result["checkpoint"]).parents[1] / "metrics.jsonl")
+
+
+def _looked(
+    maps: Sequence[dict[int, dict[str, Any]]], rows: Sequence[Sequence[dict[str, Any]]], limits: ImageLimits
+) -> list[dict[str, Any]]:
+    """Questions whose attention is shown, each with what every checkpoint looked at (None: not computed)."""
+    return [
+        _sample(number, rows, limits) | {"maps": [own.get(number) for own in maps]}
+        for number in sorted({number for own in maps for number in own})
+    ]
 
 
 def choose_samples(rows: Sequence[dict[str, Any]], per_task: int) -> list[int]:
@@ -93,8 +114,8 @@ def choose_samples(rows: Sequence[dict[str, Any]], per_task: int) -> list[int]:
 def thumbnail_uri(path: str, limits: ImageLimits) -> str | None:
     """The picture as a data URI, at most 224 px wide or high; None if it is gone or cannot be read."""
     try:
-        picture = open_image(Path(path).read_bytes(), limits)
-    except (OSError, BadImage):
+        picture, _ = read_image(Path(path), limits)
+    except BadImage:
         return None
     is_small = max(picture.size) <= _THUMBNAIL_PX
     picture.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS)
@@ -102,19 +123,6 @@ def thumbnail_uri(path: str, limits: ImageLimits) -> str | None:
     kind = "png" if is_small else "jpeg"
     picture.save(buffer, kind, quality=82)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _task_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per task, captions last: name, what is measured, and each stage's figures (None if not asked)."""
-    names = sorted({task for result in results for task in result["tasks"]})
-    tasks = []
-    for name in names:
-        figures = [result["tasks"].get(name) for result in results]
-        tasks.append({"name": name, "measure": "accuracy", "figures": figures})
-    if any(result["caption"] for result in results):
-        figures = [result["caption"] for result in results]
-        tasks.append({"name": CAPTION, "measure": "token_accuracy", "figures": figures})
-    return tasks
 
 
 def _sample(index: int, rows: Sequence[Sequence[dict[str, Any]]], limits: ImageLimits) -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""The files of an evaluation: samples.jsonl (one line per question) and results.json (the figures), in a folder.
+"""The files of an evaluation, in a folder; results.json is written last, so that it exists only when all is complete.
 
-results.json is written last, so that it exists only when all is complete.
+samples.jsonl    one line per question     attention.json   where a few answers looked, as overlays
+results.json     the figures               lmms_eval/       the same in lmms-eval's files (evaluation/harness.py)
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from minivlm.evaluation.harness import write_harness_files
 from minivlm.evaluation.summary import ScoredRow, to_json
 from minivlm.storage import write_bytes, write_json
 
@@ -17,10 +20,24 @@ def is_evaluated(folder: Path) -> bool:
     return (folder / "results.json").exists()
 
 
-def write_results(folder: Path, rows: Sequence[ScoredRow], results: dict[str, Any]) -> None:
-    """Write both files."""
-    lines = "".join(json.dumps(to_json(row), ensure_ascii=False) + "\n" for row in rows)
+def write_results(
+    folder: Path,
+    rows: Sequence[ScoredRow],
+    results: dict[str, Any],
+    *,
+    attention: Mapping[int, Mapping[str, Any]],
+) -> None:
+    """Write all files.
+
+    Args:
+        attention: by the question's number, see `minivlm.evaluation.heatmap.describe`.
+    """
+    plain = [to_json(row) for row in rows]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in plain)
     write_bytes(folder / "samples.jsonl", lines.encode())
+    if attention:
+        write_json(folder / "attention.json", {str(number): own for number, own in attention.items()})
+    write_harness_files(folder, plain, results, date=datetime.now(UTC))
     write_json(folder / "results.json", results)
 
 
@@ -42,6 +59,19 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     """
     text = (_require(folder) / "samples.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line]
+
+
+def read_attention(folder: Path) -> dict[int, dict[str, Any]]:
+    """Where answers looked, by the question's number; empty where none was asked for.
+
+    Raises:
+        FileNotFoundError: the folder holds no complete evaluation.
+    """
+    path = _require(folder) / "attention.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {int(number): own for number, own in found.items()}
 
 
 def _require(folder: Path) -> Path:

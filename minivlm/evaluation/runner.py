@@ -11,20 +11,23 @@ it writes:
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from minivlm.config import Config, ConfigError, StageName
 from minivlm.data.chat import encode_prompt
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.samples import load_samples
-from minivlm.data.settings import num_image_tokens
+from minivlm.data.settings import image_limits, num_image_tokens
 from minivlm.evaluation.benchmarks.load import BenchmarkAccount, load_benchmarks
+from minivlm.evaluation.heatmap import choose_questions, describe
 from minivlm.evaluation.pictures import prepare_pictures
 from minivlm.evaluation.results import is_evaluated, write_results
 from minivlm.evaluation.summary import Reply, ScoredRow, score_question, summarize
 from minivlm.evaluation.tasks import Question, select_questions
 from minivlm.evaluation.variants import REAL, Variants, ask_all
 from minivlm.inference.actors import Decoding
+from minivlm.inference.attention import Answered, look
 from minivlm.inference.committed import Work, finish_answers
 from minivlm.inference.exports import StageExport, stage_export
 from minivlm.inference.jobs import Answer, Request, answer_blocks
@@ -64,8 +67,9 @@ def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Pat
         started = time.monotonic()
         found = _answer(config, pending, questions, variants)
         seconds = time.monotonic() - started
-        for (export, folder), answers in zip(pending, found, strict=True):
-            _write(config, export, folder, questions, variants, answers, benchmarks)
+        maps = _look(config, [export for export, _ in pending], questions, found)
+        for (export, folder), answers, own in zip(pending, found, maps, strict=True):
+            _write(config, export, folder, questions, variants, answers, benchmarks, own)
         total = sum(len(answers) for answers in found)
         _log.info("%d answers of %d checkpoint(s) in %.1f s", total, len(pending), seconds)
     return folders
@@ -142,6 +146,25 @@ def _check_tower(config: Config, export: StageExport, features: FeatureCache) ->
         )
 
 
+def _look(
+    config: Config, exports: Sequence[StageExport], questions: Sequence[Question], found: Sequence[Mapping[str, Answer]]
+) -> list[dict[int, dict[str, Any]]]:
+    """Where the answers to a few questions looked: for each export, by the question's number."""
+    chosen = choose_questions(questions, config.evaluation.heat_maps)
+    if not chosen:
+        return [{} for _ in exports]
+    asked = []
+    for export, answers in zip(exports, found, strict=True):
+        own = [(questions[number], answers[f"{REAL}/{number}"].text) for number in chosen]
+        asked.append((export.export_dir, [Answered(q.messages, q.images, q.image_sha256, text) for q, text in own]))
+    looked = look(asked, image_limits(config), config.evaluation)
+    maps = [
+        {n: describe(seen.seen, seen.grids, seen.share) for n, seen in zip(chosen, own, strict=True) if seen}
+        for own in looked
+    ]
+    return [{number: told for number, told in own.items() if told} for own in maps]
+
+
 def _write(
     config: Config,
     export: StageExport,
@@ -150,6 +173,7 @@ def _write(
     variants: Variants,
     answers: Mapping[str, Answer],
     benchmarks: BenchmarkAccount,
+    attention: Mapping[int, Mapping[str, Any]],
 ) -> None:
     tokenizer = load_tokenizer(str(export.export_dir))
     replies = {row_id: Reply(answer.text, answer.token_ids) for row_id, answer in answers.items()}
@@ -172,4 +196,4 @@ def _write(
         "num_questions": len(questions),
         "benchmarks": benchmarks,
     }
-    write_results(folder, rows, results | summarize(rows, variants.skipped))
+    write_results(folder, rows, results | summarize(rows, variants.skipped), attention=attention)

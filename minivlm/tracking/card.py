@@ -36,7 +36,8 @@ export, tower = load_export(FOLDER), load_export_tower(FOLDER, batch_size=1)
 
 
 def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Figures of one results.json as metrics: `eval/TASK/accuracy`, `eval/TASK/VARIANT`, and the macro means.
+    """Figures of one results.json as metrics: `eval/TASK/accuracy`, `eval/TASK/VARIANT`, further figures of tasks
+    (`eval/TASK/f1`, ...), and the macro means.
 
     The gate's `eval/macro/accuracy` is the mean over all tasks but caption; where captions are all there is, their
     token accuracy. A figure of nothing (None) is left out.
@@ -44,9 +45,11 @@ def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     metrics: dict[str, float | None] = {GATE_METRIC: results["macro"]}
     metrics |= {f"eval/macro/{name}": figures["macro"] for name, figures in results["variants"].items()}
     for task, figures in results["tasks"].items():
+        metrics |= {f"eval/{task}/{name}": value for name, value in figures["metrics"].items()}
         metrics[f"eval/{task}/accuracy"] = figures["accuracy"]
         metrics |= _variant_metrics(task, figures)
     if caption := results["caption"]:
+        metrics |= {f"eval/caption/{name}": value for name, value in caption["metrics"].items()}
         metrics["eval/caption/token_accuracy"] = caption["token_accuracy"]
         metrics |= _variant_metrics("caption", caption)
         if results["macro"] is None:

@@ -20,7 +20,7 @@ from minivlm.data.pipeline import prepare_features
 from minivlm.data.samples import SampleWriter, sample_columns
 from minivlm.data.tokenizer import train_tokenizer
 from minivlm.data.tokens import EncodedSample, TokenTable
-from minivlm.evaluation.results import read_results, read_rows
+from minivlm.evaluation.results import read_attention, read_results, read_rows
 from minivlm.evaluation.runner import evaluate, evaluate_exports
 from minivlm.inference.exports import folder_export, stage_export
 from minivlm.layout import features_root, pairs_dir, run_dir, samples_dir
@@ -47,7 +47,7 @@ NUM_CAPTIONS = 12
 
 SETTINGS = [
     "clip.image_size_px=16", "clip.patch_size_px=8", "clip.encode_batch_size=8",
-    "evaluation.max_new_tokens=8", "evaluation.batch_size=16", "evaluation.threads_per_actor=1",
+    "evaluation.max_new_tokens=8", "evaluation.batch_size=16", "evaluation.threads_per_actor=1", "evaluation.heat_maps=2",
     "preferences.max_new_tokens=8", "preferences.num_samples=6", "preferences.batch_size=32", "preferences.min_pairs=4",
 ]  # fmt: skip
 
@@ -165,6 +165,10 @@ def test_evaluation_scores_every_question_in_both_variants(toy: Config) -> None:
     assert {row["answer"] for row in rows if row["task"] == "colour"} <= {"red", "blue"}
     assert colour["accuracy"] == sum(row["answer"] == row["truth"] for row in rows if row["task"] == "colour") / 24
     assert all(row["images"] != row["wrong_images"] for row in rows)
+    seen = read_attention(folder)
+    assert {rows[number]["task"] for number in seen} == {"colour", "caption"}
+    assert all(0 < own["share"] < 1 and len(own["overlays"]) == 1 for own in seen.values())
+    assert len(list((folder / "lmms_eval" / "sft").glob("*_results.json"))) == 1
 
 
 def test_benchmarks_are_asked_beside_the_test_split_and_what_cannot_be_asked_is_counted(toy: Config) -> None:
@@ -190,7 +194,7 @@ def test_exports_stand_side_by_side_and_a_killed_evaluation_goes_on(toy: Config,
     """The stage and a copy of its export, in other batches than before; two batches of the copy are lost."""
     first = evaluate(toy, "sft")
     copy = shutil.copytree(stage_export(toy, "sft").export_dir, tmp_path / "copy")
-    other = _with(toy, batch_size=5, variants=("shuffled", "no_image", "cot"))
+    other = _with(toy, batch_size=5, heat_maps=0, variants=("shuffled", "no_image", "cot"))
     exports = [stage_export(other, "sft"), folder_export("a copy", copy)]
     folders = evaluate_exports(other, exports)
     assert len({first, *folders}) == 3

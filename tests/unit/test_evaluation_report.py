@@ -1,6 +1,5 @@
 """The report: figures, hostile text, nothing from outside, failures first."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,42 +7,15 @@ import pytest
 from PIL import Image
 
 from minivlm.config import Config, ConfigError
+from minivlm.evaluation.board import leader_board, metric_rows, task_rows
 from minivlm.evaluation.curves import make_chart, read_metrics
 from minivlm.evaluation.report import choose_samples, write_report
-from minivlm.evaluation.summary import Reply, ScoredRow, score_question, summarize, to_json
-from minivlm.evaluation.tasks import Question
-from minivlm.layout import evaluation_dir, run_dir
-from minivlm.schema import Message
-from minivlm.storage import write_bytes, write_json
+from minivlm.evaluation.results import read_results, read_rows
+from minivlm.evaluation.summary import summarize
+from minivlm.storage import write_bytes
+from tests.evaluations import save_evaluation, scored
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png>\"'}}{{7*7}}"
-
-
-def scored(
-    number: int, task: str, answer: str, truth: str, picture: Path, *, shuffled: str | None = "blue"
-) -> ScoredRow:
-    messages = (Message("user", "<image>\nWhich colour?"),)
-    images, digests = (str(picture),), (f"{number:064}",)
-    scorer = "caption_tokens" if task == "caption" else "short_answer"
-    question = Question(f"q{number}", task, "en", images, digests, messages, truth, truth, scorer)
-    others = {"shuffled": Reply(shuffled, (1,))} if shuffled is not None else {}
-    return score_question(question, Reply(answer, (1, 2)), others, encode=lambda text: [1, 2], max_new_tokens=8)
-
-
-def save_evaluation(config: Config, stage: str, rows: list[ScoredRow], questions: str = "same") -> Path:
-    folder = evaluation_dir(config, stage, "ab12")
-    write_bytes(folder / "samples.jsonl", "".join(json.dumps(to_json(row)) + "\n" for row in rows).encode())
-    checkpoint = str(run_dir(config, stage) / "checkpoints" / "step=1")
-    head = {
-        "name": stage,
-        "stage": stage,
-        "checkpoint": checkpoint,
-        "reference": "ab12",
-        "questions": questions,
-        "num_questions": len(rows),
-    }
-    write_json(folder / "results.json", head | summarize(rows, {"shuffled": {}}))
-    return folder
 
 
 @pytest.fixture
@@ -60,7 +32,7 @@ def picture(tmp_path: Path) -> Path:
 
 def test_hostile_text_is_escaped(config: Config, picture: Path, tmp_path: Path) -> None:
     rows = [scored(0, "colour", HOSTILE, "red", picture), scored(1, "colour", "red", "red", picture)]
-    folder = save_evaluation(config, "sft", rows)
+    folder = save_evaluation(tmp_path / "sft", "sft", rows)
     page = write_report(config, [folder], tmp_path / "report.html").read_text()
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in page
     assert page.count("<script>") == 1
@@ -70,31 +42,76 @@ def test_hostile_text_is_escaped(config: Config, picture: Path, tmp_path: Path) 
 
 
 def test_a_clean_report_has_no_address_at_all(config: Config, picture: Path, tmp_path: Path) -> None:
-    folder = save_evaluation(config, "sft", [scored(0, "colour", "red", "red", picture)])
+    folder = save_evaluation(tmp_path / "sft", "sft", [scored(0, "colour", "red", "red", picture)])
     assert not re.search(r"https?:|//[a-z]", write_report(config, [folder], tmp_path / "r.html").read_text())
 
 
 def test_answers_of_all_stages_stand_side_by_side(config: Config, picture: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "checkpoints" / "step=1"
+    first, last = (
+        scored(0, "colour", "green one", "red", picture),
+        scored(0, "colour", "red indeed", "red indeed", picture),
+    )
     folders = [
-        save_evaluation(config, "sft", [scored(0, "colour", "green one", "red", picture)]),
-        save_evaluation(config, "mpo", [scored(0, "colour", "red indeed", "red indeed", picture)]),
+        save_evaluation(tmp_path / "sft", "sft", [first], checkpoint=stage),
+        save_evaluation(tmp_path / "mpo", "mpo", [last]),
     ]
     metrics = '{"step": 1, "train/loss": 4.0}\n{"step": 2, "train/loss": 2.0, "val/loss": 3.0}\n{"step": 3, "tra'
-    write_bytes(run_dir(config, "sft") / "metrics.jsonl", metrics.encode())
+    write_bytes(tmp_path / "run" / "metrics.jsonl", metrics.encode())
     page = write_report(config, folders, tmp_path / "r.html").read_text()
     assert page.index("green one") < page.index("red indeed", page.index("green one"))
     assert "sft: loss" in page
     assert "mpo: loss" not in page
 
 
+def test_the_leader_board_is_ordered_and_compares_with_the_first(picture: Path, tmp_path: Path) -> None:
+    right, wrong = scored(0, "colour", "red", "red", picture), scored(0, "colour", "blue", "red", picture)
+    other, caption = scored(1, "colour", "blue", "red", picture), scored(2, "caption", "a b", "a b", picture)
+    folders = [
+        save_evaluation(tmp_path / name, name, rows)
+        for name, rows in {"sft": [wrong, other, caption], "mpo": [right, other, caption]}.items()
+    ]
+    results, rows = [read_results(folder) for folder in folders], [read_rows(folder) for folder in folders]
+    best, last = leader_board(results, rows)
+    assert (best["place"], best["result"]["macro"], best["difference"].difference) == (1, 0.5, 0.5)
+    assert (last["place"], last["difference"]) == (0, None)
+    colour, captions = task_rows(results)
+    assert [bar["mean"] for bar in colour["bars"]] == [0.0, 0.5]
+    assert (captions["name"], captions["measure"], captions["bars"][0]["mean"]) == ("caption", "token_accuracy", 1.0)
+
+
+def test_metrics_of_tasks_stand_in_one_row_each(picture: Path, tmp_path: Path) -> None:
+    folder = save_evaluation(tmp_path / "a", "a", [scored(0, "there", "yes", "yes", picture)])
+    found = metric_rows(task_rows([read_results(folder)]))
+    assert {"task": "there", "metric": "yes_ratio", "given": [1.0]} in found
+
+
+def test_what_was_looked_at_is_shown_beside_the_checkpoint_that_looked(
+    config: Config, picture: Path, tmp_path: Path
+) -> None:
+    rows = [scored(0, "colour", "red", "red", picture)]
+    seen = {0: {"overlays": ["data:image/png;base64,QUJD"], "share": 0.25}}
+    folders = [
+        save_evaluation(tmp_path / "sft", "sft", rows),
+        save_evaluation(tmp_path / "mpo", "mpo", rows, attention=seen),
+    ]
+    page = write_report(config, folders, tmp_path / "r.html").read_text()
+    cells = page[page.index('id="looked"') :]
+    assert cells.index("not computed") < cells.index("data:image/png;base64,QUJD") < cells.index("25.0 % of attention")
+    assert 'id="looked"' not in write_report(config, folders[:1], tmp_path / "r.html").read_text()
+
+
 def test_a_picture_that_is_gone_is_said_to_be(config: Config, tmp_path: Path) -> None:
-    folder = save_evaluation(config, "sft", [scored(0, "colour", "red", "red", tmp_path / "gone.png")])
+    folder = save_evaluation(tmp_path / "sft", "sft", [scored(0, "colour", "red", "red", tmp_path / "gone.png")])
     assert "picture gone" in write_report(config, [folder], tmp_path / "r.html").read_text()
 
 
 def test_stages_with_other_questions_are_refused(config: Config, picture: Path, tmp_path: Path) -> None:
     rows = [scored(0, "colour", "red", "red", picture)]
-    folders = [save_evaluation(config, "sft", rows), save_evaluation(config, "mpo", rows, questions="other")]
+    folders = [
+        save_evaluation(tmp_path / "sft", "sft", rows),
+        save_evaluation(tmp_path / "mpo", "mpo", rows, questions="other"),
+    ]
     with pytest.raises(ConfigError, match="different questions"):
         write_report(config, folders, tmp_path / "r.html")
 

@@ -6,7 +6,14 @@ from minivlm.tracking.card import gate_section, model_card, result_metrics
 
 def figures(accuracy: float) -> dict:
     variants = {"shuffled": {"accuracy": 0.25, "n": 100, "low": 0.2, "high": 0.3}}
-    return {"n": 100, "accuracy": accuracy, "low": accuracy - 0.05, "high": accuracy + 0.05, "variants": variants}
+    return {
+        "n": 100,
+        "accuracy": accuracy,
+        "low": accuracy - 0.05,
+        "high": accuracy + 0.05,
+        "variants": variants,
+        "metrics": {},
+    }
 
 
 RESULTS = {
@@ -25,9 +32,10 @@ def test_results_become_metrics_and_the_macro_mean_is_the_gate():
 
 
 def test_captions_alone_are_judged_by_their_tokens():
-    caption = {"n": 6, "token_accuracy": 0.95, "low": 0.9, "high": 1.0, "variants": {}}
+    caption = {"n": 6, "token_accuracy": 0.95, "low": 0.9, "high": 1.0, "variants": {}, "metrics": {"CIDEr": 1.5}}
     results = RESULTS | {"macro": None, "shuffled_macro": None, "variants": {}, "tasks": {}, "caption": caption}
-    assert result_metrics(results)["eval/macro/accuracy"] == 0.95
+    metrics = result_metrics(results)
+    assert (metrics["eval/macro/accuracy"], metrics["eval/caption/CIDEr"]) == (0.95, 1.5)
     assert "| caption (tokens) | 6 | 95.0 [90.0, 100.0] | - |" in model_card(Config(), [results])
 
 
