@@ -47,7 +47,8 @@ NUM_CAPTIONS = 12
 
 SETTINGS = [
     "clip.image_size_px=16", "clip.patch_size_px=8", "clip.encode_batch_size=8",
-    "evaluation.max_new_tokens=8", "evaluation.batch_size=16", "evaluation.threads_per_actor=1", "evaluation.heat_maps=2",
+    "evaluation.max_new_tokens=8", "evaluation.batch_size=16", "evaluation.threads_per_actor=1",
+    "evaluation.heat_maps=2",
     "preferences.max_new_tokens=8", "preferences.num_samples=6", "preferences.batch_size=32", "preferences.min_pairs=4",
 ]  # fmt: skip
 
