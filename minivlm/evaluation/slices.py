@@ -13,7 +13,7 @@ from typing import Any
 
 from minivlm.evaluation.tasks import CAPTION
 from minivlm.scoring.answers import normalize
-from minivlm.scoring.statistics import Z95, clustered_error, mean_interval
+from minivlm.scoring.statistics import mean_interval
 
 COLOURS = {
     "red": "红色", "orange": "橙色", "yellow": "黄色", "green": "绿色", "cyan": "青色", "blue": "蓝色",
@@ -40,8 +40,8 @@ _POLAR = {"yes": "yes", "no": "no", "是": "yes", "否": "no", "有": "yes", "�
 class Slice:
     """Questions that share a trait. `figures` has (mean, low, high) per checkpoint, with 95 % intervals by picture.
 
-    `difference` is that of the last checkpoint's mean from the mean of the tasks that the questions are of (each
-    question stands for its own task, the slice itself included); `error` its standard error by picture.
+    `expected` is what the last checkpoint would have here if each question scored like the mean of its own task (the
+    slice itself included).
     """
 
     trait: str
@@ -49,13 +49,17 @@ class Slice:
     n: int
     num_images: int
     figures: tuple[tuple[float, float, float], ...]
-    difference: float
-    error: float
+    expected: float
+
+    @property
+    def difference(self) -> float:
+        """The last checkpoint's mean against its tasks."""
+        return self.figures[-1][0] - self.expected
 
     @property
     def is_worse(self) -> bool:
-        """Below its tasks by more than the 95 % interval. Of many slices some are by chance."""
-        return self.error > 0 and self.difference < -Z95 * self.error
+        """The whole interval of the last checkpoint lies below what is expected. Of many slices some do by chance."""
+        return self.figures[-1][2] < self.expected
 
 
 def find_slices(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Slice]:
@@ -114,12 +118,10 @@ def _slice(
 ) -> Slice:
     last = [rows[-1][index] for index in indices]
     clusters = [row["cluster"] for row in last]
-    gaps = [row["score"] - task_means[row["task"]] for row in last]
-    mean = sum(gaps) / len(gaps)
-    error = clustered_error([gap - mean for gap in gaps], [1 / len(gaps)] * len(gaps), clusters)
+    expected = sum(task_means[row["task"]] for row in last) / len(last)
     figures = tuple(mean_interval([own[index]["score"] for index in indices], clusters) for own in rows)
-    return Slice(trait, value, len(indices), len(set(clusters)), figures, mean, error)
+    return Slice(trait, value, len(indices), len(set(clusters)), figures, expected)
 
 
 def _clearness(found: Slice) -> tuple[float, str]:
-    return found.difference / found.error, found.value
+    return found.figures[-1][2] - found.expected, found.value
