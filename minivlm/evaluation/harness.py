@@ -53,8 +53,8 @@ def write_harness_files(
 
 
 def safe_name(name: str) -> str:
-    """A name as part of a file name; lmms-eval replaces the same characters."""
-    return re.sub(r"[\"<>:/|\\?*\[\]\s]+", "__", name).strip(".") or "_"
+    """A name as part of a file name, at most 100 characters; lmms-eval replaces the same ones."""
+    return re.sub(r"[\"<>:/|\\?*\[\]\s]+", "__", name).strip(".")[:100] or "_"
 
 
 def _sample(number: int, row: Mapping[str, Any], measure: str) -> dict[str, Any]:
