@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minivlm.evaluation.tasks import CAPTION
+from minivlm.scoring.scorers import CAPTION_SCORERS
 from minivlm.scoring.statistics import PairedDifference, paired_macro_difference
 
 Results = Mapping[str, Any]
@@ -68,7 +69,7 @@ def _macro_difference(rows: Rows, baseline: Rows) -> PairedDifference | None:
     others: defaultdict[str, list[float]] = defaultdict(list)
     clusters: defaultdict[str, list[str]] = defaultdict(list)
     for ours, theirs in zip(rows, baseline, strict=True):
-        if ours["task"] != CAPTION:
+        if ours["scorer"] not in CAPTION_SCORERS:
             scores[ours["task"]].append(ours["score"])
             others[ours["task"]].append(theirs["score"])
             clusters[ours["task"]].append(ours["cluster"])

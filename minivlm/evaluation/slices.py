@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minivlm.evaluation.tasks import CAPTION
 from minivlm.scoring.answers import normalize
+from minivlm.scoring.scorers import CAPTION_SCORERS
 from minivlm.scoring.statistics import mean_interval
 
 COLOURS = {
@@ -68,7 +68,7 @@ def find_slices(rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[Slice]:
     Args:
         rows: per checkpoint the rows of the same questions in the same order. The last checkpoint orders the slices.
     """
-    kept = [index for index, row in enumerate(rows[-1]) if row["task"] != CAPTION]
+    kept = [index for index, row in enumerate(rows[-1]) if row["scorer"] not in CAPTION_SCORERS]
     members: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for index in kept:
         for trait in sorted(traits(rows[-1][index])):

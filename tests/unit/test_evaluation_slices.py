@@ -8,7 +8,15 @@ from minivlm.evaluation.slices import find_slices, traits
 
 
 def row(task: str, score: float, **changes: Any) -> dict[str, Any]:
-    plain = {"language": "en", "source": "", "group": "", "images": ["a"], "question": "<image>\nWhat?", "truth": "cat"}
+    plain = {
+        "language": "en",
+        "source": "",
+        "group": "",
+        "images": ["a"],
+        "question": "<image>\nWhat?",
+        "truth": "cat",
+        "scorer": "short_answer",
+    }
     return {"task": task, "score": score, "cluster": f"{id(object())}", **plain, **changes}
 
 
@@ -59,7 +67,7 @@ def test_a_loss_is_marked_where_the_interval_lies_below_what_the_task_leads_one_
 
 def test_small_slices_single_values_and_captions_are_left_out() -> None:
     rows = [row("t", 1.0, source="a" if i < 9 else "b") for i in range(30)]
-    rows += [row("caption", 0.5, language="zh") for _ in range(30)]
+    rows += [row("caption", 0.5, language="zh", scorer="caption_tokens") for _ in range(30)]
     assert {trait for trait in slices_of(rows) if trait[0] != "word"} == {("source", "b")}
 
 
