@@ -148,13 +148,16 @@ DROPOUT = {"attention_dropout": 0.1, "label_smoothing": 0.1}
     [
         (DROPOUT, {"zero_stage": 2}),
         ({**DROPOUT, "lora": {**LORA, "dropout": 0.2}}, {"zero_stage": 2}),
-        ({**DROPOUT, "lora": {**LORA, "dropout": 0.2}}, {"zero_stage": 3, "gradient_checkpointing": True}),
+        (
+            {**DROPOUT, "lora": {**LORA, "dropout": 0.2, "targets": ["q_proj", "down_proj"]}},
+            {"zero_stage": 3, "gradient_checkpointing": True, "micro_batch_tokens": 80},  # ZeRO-3 is slow per module
+        ),
         ({"lora": LORA}, {"zero_stage": 0}),
     ],
     ids=["dropout", "lora", "lora-zero3-checkpointing", "lora-zero0"],
 )
 def test_resume_equals_uninterrupted(tiny_parts: Path, tmp_path: Path, stage: dict[str, Any], train: dict[str, Any]):
-    train = {**train, "checkpoint_every_steps": 2, "micro_batch_tokens": 40}
+    train = {"checkpoint_every_steps": 2, "micro_batch_tokens": 40, **train}
     whole = run(stage_job(tiny_parts, tmp_path / "whole", stage, **train))[1]
     halves = run(interrupted(stage_job(tiny_parts, tmp_path / "halves", stage, **train), after=2))[1]
     assert_close(exported(halves), exported(whole), atol=0, rtol=0)
@@ -266,11 +269,7 @@ def test_mpo_with_adapters_starts_at_its_reference(tiny_parts: Path, tmp_path: P
     curve = read_metrics(mpo.run_dir / METRICS_FILE)
     assert curve[0]["train/loss/dpo"] == pytest.approx(0.693147, abs=1e-5)
     assert curve[1]["train/loss/dpo"] != pytest.approx(0.693147, abs=1e-5)
-    changed = {
-        name for name, weight in exported(checkpoint).items() if not torch.equal(weight, exported_at(export)[name])
-    }
+    before, after = (weights(load_export(folder).vlm) for folder in (export, checkpoint / "export"))
+    changed = {name for name in before if not torch.equal(after[name], before[name])}
+    assert changed
     assert all(".layers." in name or name.startswith("projector") for name in changed)
-
-
-def exported_at(export: Path) -> dict[str, Tensor]:
-    return weights(load_export(export).vlm)
