@@ -9,7 +9,7 @@ from minivlm.config.base import Frozen
 from minivlm.config.benchmarks import BenchmarkConfig
 from minivlm.config.model import ProjectorKind
 
-Variant = Literal["shuffled", "no_image", "direct", "cot"]
+Variant = Literal["shuffled", "no_image", "jpeg", "blur", "rotate", "occlude", "direct", "cot", "few_shot"]
 
 
 class EvaluationConfig(Frozen):
@@ -36,12 +36,22 @@ class EvaluationConfig(Frozen):
     """Further ways in which each question is asked, beside the plain one; each costs as much time as that one.
 
     shuffled: with the pictures of another question of the task. no_image: without its pictures and their placeholders.
-    direct: a request for a chain of thought is replaced by one for a short answer. cot: the reverse, in the question's
-    language. Questions to which a variant does not apply are left out of it and counted with the reason."""
+    jpeg (quality 10), blur (2 % of the shorter side), rotate (15 degrees), occlude (a grey square of 35 % of the
+    shorter side): with its pictures made worse. direct: a request for a chain of thought is replaced by one for a short
+    answer. cot: the reverse, in the question's language. few_shot: behind `num_shots` examples. Questions to which a
+    variant does not apply are left out of it and counted with the reason."""
+
+    num_shots: PositiveInt = 2
+    """Examples of the variant few_shot: training rows of the question's task and language with their pictures, another
+    choice for each question, the same every time. All must fit the context length of the model."""
 
     exports: dict[str, Path] = Field(default_factory=dict)
     """Further models that answer the same questions, beside the finished stages: name -> folder of an export. Their
     vision tower must be the one of this configuration."""
+
+    baseline: str | None = None
+    """Name of the stage or export with which all others are compared, question by question. Default: sft where it is
+    among them, else the first."""
 
     report_samples_per_task: PositiveInt = 12
     """Questions per task shown in the report with their picture."""

@@ -13,27 +13,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minivlm.config import Config, ConfigError, StageName
+from minivlm.config import Config, StageName
 from minivlm.data.chat import encode_prompt
 from minivlm.data.errors import DataError
-from minivlm.data.features import FeatureCache
+from minivlm.data.pipeline import iter_training_rows
 from minivlm.data.samples import load_samples
 from minivlm.data.settings import image_limits, num_image_tokens
 from minivlm.evaluation.benchmarks.load import BenchmarkAccount, load_benchmarks
+from minivlm.evaluation.compare import check_names, choose_baseline, write_comparisons
 from minivlm.evaluation.heatmap import choose_questions, describe
 from minivlm.evaluation.pictures import prepare_pictures
 from minivlm.evaluation.results import is_evaluated, write_results
+from minivlm.evaluation.robustness import transform_pictures
+from minivlm.evaluation.shots import Pools, check_context, example_pools
 from minivlm.evaluation.summary import Reply, ScoredRow, score_question, summarize
-from minivlm.evaluation.tasks import Question, select_questions
-from minivlm.evaluation.variants import REAL, Variants, ask_all
+from minivlm.evaluation.tasks import CAPTION, Question, select_questions
+from minivlm.evaluation.variants import REAL, ROBUSTNESS, Material, Variants, ask_all
 from minivlm.inference.actors import Decoding
 from minivlm.inference.attention import Answered, look
 from minivlm.inference.committed import Work, finish_answers
-from minivlm.inference.exports import StageExport, stage_export
+from minivlm.inference.exports import StageExport, check_tower, stage_export
 from minivlm.inference.jobs import Answer, Request, answer_blocks
 from minivlm.layout import evaluation_dir, samples_dir
 from minivlm.log import get_logger
-from minivlm.model.export import load_export_tower
 from minivlm.model.tokenizer import encode_text, load_tokenizer
 from minivlm.storage import content_hash
 
@@ -48,30 +50,35 @@ def evaluate(config: Config, stage: StageName) -> Path:
 def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Path]:
     """Evaluate those that were not evaluated yet, side by side; greedy, so the same result every time.
 
+    Each is then compared with evaluation.baseline, question by question.
+
     Returns:
         The evaluation folder of each export, in the order given.
 
     Raises:
-        ConfigError: two exports of one name, or one that sees through another vision tower.
+        ConfigError: two exports of one name, a baseline that is none of them, or one that sees through another vision
+            tower.
         DataError: no test question.
         RuntimeError: a question came back without an answer (nothing is scored then).
     """
-    names = [export.name for export in exports]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"two models are called `{twice[0]}`: give evaluation.exports.{twice[0]} another name")
+    names = check_names([export.name for export in exports])
+    baseline = choose_baseline(names, config.evaluation.baseline)
     folders = [evaluation_dir(config, export.name, export.reference) for export in exports]
     pending = [(export, folder) for export, folder in zip(exports, folders, strict=True) if not is_evaluated(folder)]
     if pending:
         questions, benchmarks = _questions(config, pending[0][0])
-        variants = ask_all(questions, config.evaluation.variants)
+        variants, elsewhere = _variants(config, questions)
+        for export, _ in pending:
+            _check_shots(config, export, questions, variants)
         started = time.monotonic()
-        found = _answer(config, pending, questions, variants)
+        found = _answer(config, pending, questions, variants, elsewhere)
         seconds = time.monotonic() - started
         maps = _look(config, [export for export, _ in pending], questions, found)
         for (export, folder), answers, own in zip(pending, found, maps, strict=True):
             _write(config, export, folder, questions, variants, answers, benchmarks, own)
         total = sum(len(answers) for answers in found)
         _log.info("%d answers of %d checkpoint(s) in %.1f s", total, len(pending), seconds)
+    write_comparisons(folders, baseline)
     return folders
 
 
@@ -98,8 +105,39 @@ def _questions(config: Config, export: StageExport) -> tuple[list[Question], Ben
     return [*questions, *more], account
 
 
+def _variants(config: Config, questions: Sequence[Question]) -> tuple[Variants, dict[str, str]]:
+    """How everything is asked, and where the pictures lie that no prepared row has (digest -> path)."""
+    settings = config.evaluation
+    pictures = dict(pair for q in questions for pair in zip(q.image_sha256, q.images, strict=True))
+    kinds = [kind for kind in ROBUSTNESS if kind in settings.variants]
+    made = transform_pictures(config, pictures, kinds)
+    worse = {kind: {digest: new for digest, (new, _) in kept.items()} for kind, kept in made.items()}
+    elsewhere = dict(pair for kept in made.values() for pair in kept.values())
+    for question in questions:
+        if question.source:
+            elsewhere |= dict(zip(question.image_sha256, question.images, strict=True))
+    pools: Pools = {}
+    if "few_shot" in settings.variants:
+        stages = ("sft", "pretrain") if any(question.task == CAPTION for question in questions) else ("sft",)
+        rows = (sample for stage in stages for sample, _, _ in iter_training_rows(config, stage, once=True))
+        pools = example_pools(rows, questions, config.seed)
+    material = Material(worse, pools, settings.num_shots, config.seed)
+    return ask_all(questions, settings.variants, material), elsewhere
+
+
+def _check_shots(config: Config, export: StageExport, questions: Sequence[Question], variants: Variants) -> None:
+    settings = config.evaluation
+    if ways := variants.asked.get("few_shot"):
+        named = {f"{questions[number].task}/{questions[number].question_id}": ways[number].messages for number in ways}
+        check_context(export, named, num_shots=settings.num_shots, max_new_tokens=settings.max_new_tokens)
+
+
 def _answer(
-    config: Config, pending: Sequence[tuple[StageExport, Path]], questions: Sequence[Question], variants: Variants
+    config: Config,
+    pending: Sequence[tuple[StageExport, Path]],
+    questions: Sequence[Question],
+    variants: Variants,
+    elsewhere: Mapping[str, str],
 ) -> list[dict[str, Answer]]:
     """Answers of each pending export by row id VARIANT/NUMBER."""
     decoding = Decoding(max_new_tokens=config.evaluation.max_new_tokens)
@@ -109,9 +147,9 @@ def _answer(
 
     def answer(blocks: Sequence[Sequence[Request]]) -> Iterator[list[Answer]]:
         shown = {digest for block in blocks for request in block for digest in request.image_sha256}
-        features = prepare_pictures(config, questions, shown)
+        features = prepare_pictures(config, elsewhere, shown)
         for export, _ in pending:
-            _check_tower(config, export, features)
+            check_tower(export, features.fingerprint, config.clip.encode_precision, config.clip.encode_batch_size)
         return answer_blocks(blocks, features_dir=features.directory, decoding=decoding, pool=config.evaluation)
 
     size = config.evaluation.batch_size
@@ -130,20 +168,6 @@ def _requests(export: StageExport, questions: Sequence[Question], variants: Vari
         for variant, ways in variants.asked.items()
         for number, way in ways.items()
     ]
-
-
-def _check_tower(config: Config, export: StageExport, features: FeatureCache) -> None:
-    """A folder that no stage of this configuration made must see what the feature cache holds."""
-    if export.stage is not None:
-        return
-    clip = config.clip
-    tower = load_export_tower(export.export_dir, precision=clip.encode_precision, batch_size=clip.encode_batch_size)
-    if tower.fingerprint != features.fingerprint:
-        raise ConfigError(
-            f"evaluation.exports.{export.name}: {export.export_dir} sees through another vision tower "
-            f"({tower.fingerprint}) than this configuration ({features.fingerprint}). Evaluate it with clip.path and "
-            "clip.feature_layer as it was trained with"
-        )
 
 
 def _look(
@@ -195,5 +219,6 @@ def _write(
         "questions": content_hash([[vars(question) for question in questions], config.evaluation.max_new_tokens]),
         "num_questions": len(questions),
         "benchmarks": benchmarks,
+        "comparisons": {},
     }
     write_results(folder, rows, results | summarize(rows, variants.skipped), attention=attention)

@@ -11,6 +11,7 @@ from pathlib import Path
 from minivlm.config import Config, ConfigError, StageName
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.layout import run_dir, tokenizer_path
+from minivlm.model.export import load_export_tower
 from minivlm.storage import file_sha256
 
 
@@ -117,4 +118,24 @@ def check_reference(folder: Path, export: StageExport) -> None:
             f"{folder} holds reference log-probabilities of checkpoint {stored}, but MPO would start from "
             f"{export.reference} ({export.checkpoint_dir}): a wrong reference. Delete {folder} and run: "
             "python -m jobs.preferences"
+        )
+
+
+def check_tower(export: StageExport, fingerprint: str, precision: str, batch_size: int) -> None:
+    """A folder that no stage of the configuration made must see what the feature cache holds.
+
+    Args:
+        fingerprint: of the tower that filled the cache, at this precision and batch size.
+
+    Raises:
+        ConfigError: it has another tower.
+        CheckpointError: it has none that can be read.
+    """
+    if export.stage is not None:
+        return
+    found = load_export_tower(export.export_dir, precision=precision, batch_size=batch_size).fingerprint
+    if found != fingerprint:
+        raise ConfigError(
+            f"evaluation.exports.{export.name}: {export.export_dir} sees through another vision tower ({found}) than "
+            f"this configuration ({fingerprint}). Type clip.path and clip.feature_layer as it was trained with"
         )

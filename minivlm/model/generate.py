@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from minivlm.model.choose import choose
 from minivlm.model.vlm import MiniVLM, document_mask
 
 CACHE_ROOM = 32
@@ -45,8 +46,10 @@ def generate(
 ) -> list[list[int]]:
     """Answer all prompts in one batch.
 
-    In float32 greedy answers do not depend on the batch, up to exact ties of two logits; nor do samples, because each
-    row draws from a generator of its own.
+    In float32 answers do not depend on the batch: each row draws from a generator of its own, and where rounding could
+    decide (the shapes of a batch change the last bits of a sum) the token is taken from a forward of that prompt
+    alone. In bfloat16 nearly equal tokens may change places; benchmarks/batch_invariance.py counts them. In a mixture
+    of experts so may nearly equal experts, in either type.
 
     Args:
         max_new_tokens: longest answer, in tokens.
@@ -134,12 +137,20 @@ def _decode(
     length = bias.shape[-1] - max_new_tokens
     rows = torch.arange(len(prompts))
     is_running = torch.ones(len(prompts), dtype=torch.bool)
+    is_exact = next(vlm.parameters()).dtype == torch.float32
+    written: list[list[int]] = [[] for _ in prompts]
     for step in range(max_new_tokens):
         drawn = None if uniforms is None else uniforms[rows, step]
-        tokens = _choose(logits, temperature, top_k, drawn)
+        tokens, doubts = choose(logits, temperature, top_k, drawn)
+        for place in (doubts & is_running).nonzero()[:, 0].tolist() if is_exact else ():
+            row, own = int(rows[place]), None if drawn is None else drawn[place : place + 1]
+            tokens[place] = _settle(vlm, prompts[row], written[row], temperature, top_k, own)
         is_running &= tokens != eos_token_id
         running = is_running.nonzero()[:, 0]
-        yield list(zip(rows[running].tolist(), tokens[running].tolist(), strict=True))
+        new = list(zip(rows[running].tolist(), tokens[running].tolist(), strict=True))
+        for row, token in new:
+            written[row].append(token)
+        yield new
         if len(running) == 0 or step == max_new_tokens - 1:
             return
         if len(running) < KEEP_BATCH_ABOVE * len(rows):
@@ -202,17 +213,24 @@ def _next_logits(vlm: MiniVLM, tokens: Tensor, bias: Tensor, positions: Tensor, 
     return logits
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int, drawn: Tensor | None) -> Tensor:
-    """Next tokens [B] int64 on the CPU: the best ones, or where the cumulative distribution passes `drawn`."""
-    if drawn is None:
-        return logits.argmax(dim=-1).cpu()
-    candidates = None
-    if 0 < top_k < logits.shape[-1]:
-        logits, candidates = logits.topk(top_k, dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    passed = cumulative <= drawn.to(logits.device).unsqueeze(1) * cumulative[:, -1:]
-    chosen = passed.sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    return (chosen if candidates is None else candidates.gather(1, chosen))[:, 0].cpu()
+def _settle(
+    vlm: MiniVLM,
+    prompt: Prompt,
+    written: Sequence[int],
+    temperature: float,
+    top_k: int,
+    drawn: Tensor | None,
+) -> int:
+    """The next token of one prompt from a forward of it alone, whose shapes no other prompt changes."""
+    device = next(vlm.parameters()).device
+    input_ids = torch.tensor([[*prompt.input_ids, *written]], device=device)
+    image_features = prompt.image_features.to(device)
+    outputs = vlm.language_model.get_decoder()(
+        inputs_embeds=vlm.embed(input_ids, image_features, torch.arange(len(image_features), device=device)),
+        use_cache=False,
+    )
+    logits = vlm.language_model.get_output_embeddings()(outputs.last_hidden_state[:, -1]).float()
+    return int(choose(logits, temperature, top_k, drawn)[0])
 
 
 def _uniforms(prompts: Sequence[Prompt], max_new_tokens: int, seed: int) -> Tensor:

@@ -13,6 +13,8 @@ from minivlm.data.errors import DataError
 from minivlm.data.pipeline import count_rows, load_token_counts, mixture_tables
 from minivlm.data.settings import tower_shape
 from minivlm.evaluation.benchmarks.load import count_rows as count_benchmark
+from minivlm.evaluation.compare import check_names, choose_baseline
+from minivlm.inference.exports import folder_export
 from minivlm.model.image_tokens import count_image_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.llava import PROJECTOR_NOTE
@@ -28,11 +30,10 @@ ROOM_FOR_TEXT = 256
 
 
 def describe(config: Config) -> str:
-    """The resolved settings as YAML, then parameters, rows and tokens, and what runs where."""
+    """The resolved settings as YAML, then parameters, rows and tokens, what is evaluated, and what runs where."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     parts = ["# resolved settings", settings, *_parameters(config), "", *_rows(config), "", *_preferences(config)]
-    parts += ["", *_placement(config)]
-    return "\n".join(parts)
+    return "\n".join([*parts, "", *_evaluation(config), "", *_placement(config)])
 
 
 def _parameters(config: Config) -> list[str]:
@@ -160,6 +161,22 @@ def _preferences(config: Config) -> list[str]:
     folder = layout.pairs_dir(config)
     state = "finished" if (folder / "reference.json").exists() else "continues" if folder.exists() else "new"
     return [*lines, f"pairs            {state}: {folder}"]
+
+
+def _evaluation(config: Config) -> list[str]:
+    """Which models answer, in how many ways, and what stands against what.
+
+    Raises:
+        ConfigError: an export that is none, two models of one name, or a baseline that will not be evaluated.
+    """
+    settings = config.evaluation
+    further = [folder_export(name, folder) for name, folder in settings.exports.items()]
+    names = check_names([*STAGE_NAMES, *(export.name for export in further)])
+    ways = [f"{name} ({settings.num_shots} examples)" if name == "few_shot" else name for name in settings.variants]
+    lines = ["# evaluation", f"{'models':<16} the finished stages of {', '.join(STAGE_NAMES)}"]
+    lines += [f"{'':<16} {export.name}: {export.export_dir}, content {export.reference}" for export in further]
+    lines.append(f"{'asked':<16} as it is{''.join(f', {way}' for way in ways)}, in batches of {settings.batch_size}")
+    return [*lines, f"{'compared with':<16} {choose_baseline(names, settings.baseline)}"]
 
 
 def _placement(config: Config) -> list[str]:

@@ -6,12 +6,14 @@ from typing import Any
 
 from minivlm.config import Config
 from minivlm.data.settings import image_limits
+from minivlm.evaluation.compare import comparison_lines
 from minivlm.evaluation.report import choose_samples, thumbnail_uri
 from minivlm.evaluation.results import read_results, read_rows
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy in per cent per task and stage, the shuffled score in brackets; captions by tokens."""
+    """Accuracy in per cent per task and model, the shuffled score in brackets (captions by tokens); then each model's
+    difference from the baseline."""
     header = f"{'task':<14}{'n':>6}" + "".join(f"{result['name'] + ' (shuffled)':>20}" for result in results)
     lines = [header]
     for task, figures in results[-1]["tasks"].items():
@@ -23,7 +25,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     if results[-1]["macro"] is not None:
         cells = [(result["macro"], result["shuffled_macro"]) for result in results]
         lines.append(_line("macro", results[-1]["num_questions"], cells))
-    return "\n".join(lines)
+    return "\n".join([*lines, *comparison_lines(results)])
 
 
 def sample_rows(config: Config, folders: Sequence[Path]) -> list[dict[str, Any]]:

@@ -195,7 +195,8 @@ def test_exports_stand_side_by_side_and_a_killed_evaluation_goes_on(toy: Config,
     """The stage and a copy of its export, in other batches than before; two batches of the copy are lost."""
     first = evaluate(toy, "sft")
     copy = shutil.copytree(stage_export(toy, "sft").export_dir, tmp_path / "copy")
-    other = _with(toy, batch_size=5, heat_maps=0, variants=("shuffled", "no_image", "cot"))
+    asked = ("shuffled", "no_image", "cot", "jpeg", "occlude", "few_shot")
+    other = _with(toy, batch_size=5, heat_maps=0, variants=asked, num_shots=1)
     exports = [stage_export(other, "sft"), folder_export("a copy", copy)]
     folders = evaluate_exports(other, exports)
     assert len({first, *folders}) == 3
@@ -205,6 +206,10 @@ def test_exports_stand_side_by_side_and_a_killed_evaluation_goes_on(toy: Config,
         kept = {name: variant for name, variant in row["variants"].items() if name == "shuffled"}
         assert row | {"variants": kept} == before
     results = read_results(folders[1])
+    counts = {name: figures["n"] for name, figures in results["variants"].items()}
+    assert counts == {name: NUM_PICTURES if name == "cot" else 2 * NUM_PICTURES for name in asked}
+    against = results["comparisons"]["sft"]["macro"]
+    assert (against["difference"], against["p_value"], against["n"]) == (0.0, 1.0, NUM_PICTURES)
     assert (results["name"], results["stage"], results["macro"]) == ("a copy", None, read_results(first)["macro"])
     assert results["variants"]["cot"]["skipped"] == {"caption": {"a caption has no final answer": NUM_PICTURES}}
     chunks = sorted((folders[1] / "answers").iterdir())

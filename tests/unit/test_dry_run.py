@@ -92,3 +92,19 @@ def test_the_preferences_say_whom_they_ask_and_how(tmp_path):
     assert "questions        asking for `boxed`, 8 answers each" in other
     assert "open questions   caption: 50% of each answer, continued without the picture" in other
     assert "refused          no folder /none" in other
+
+
+def test_what_is_evaluated_is_listed_and_checked(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    overrides = [f"evaluation.exports.base={tmp_path / 'base'}", "evaluation.variants=[jpeg,few_shot]"]
+    text = describe(load_config(CONFIGS / "tiny.yaml", [*overrides, "evaluation.num_shots=3"]))
+    assert f"base: {tmp_path / 'base'}, content " in text
+    assert "asked            as it is, jpeg, few_shot (3 examples), in batches of 256\n" in text
+    assert "compared with    sft\n" in text
+    with pytest.raises(ConfigError, match=r"evaluation\.baseline=bass is not among"):
+        describe(load_config(CONFIGS / "tiny.yaml", [*overrides, "evaluation.baseline=bass"]))
+    with pytest.raises(ConfigError, match="two models are called `sft`"):
+        describe(load_config(CONFIGS / "tiny.yaml", [f"evaluation.exports.sft={tmp_path / 'base'}"]))
+    with pytest.raises(ConfigError, match=r"evaluation\.exports\.base: .* holds no export"):
+        describe(load_config(CONFIGS / "tiny.yaml", [f"evaluation.exports.base={tmp_path}"]))

@@ -88,3 +88,26 @@ def test_no_prompts_no_answers(make_vlm):
 def test_empty_prompt_is_refused(make_vlm):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         generate(make_vlm(), [Prompt([], torch.zeros(0, 5, 32))], max_new_tokens=4, eos_token_id=EOS)
+
+
+@pytest.fixture
+def doubtful(make_vlm):
+    """A model whose tokens come in pairs that rounding can swap: their output rows differ in the last bits."""
+    vlm = make_vlm()
+    head = vlm.language_model.get_output_embeddings()
+    with torch.no_grad():
+        weight = head.weight.detach().clone()
+        weight[1::2] = weight[::2] * (1 + 2e-7 * torch.randint(-1, 2, weight[::2].shape).float())
+        head.weight = torch.nn.Parameter(weight)
+    return vlm
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "top_k": 20}])
+def test_what_rounding_could_decide_is_the_same_in_any_batch(doubtful, prompts, settings):
+    numbered = [Prompt(prompt.input_ids, prompt.image_features, row) for row, prompt in enumerate(prompts)]
+    settings = {"max_new_tokens": 8, "eos_token_id": EOS} | settings
+    together = generate(doubtful, numbered, **settings)
+    for size in (1, 4):
+        parts = [numbered[start : start + size] for start in range(0, len(numbered), size)]
+        assert [row for part in parts for row in generate(doubtful, part, **settings)] == together
+    assert generate(doubtful, numbered[::-1], **settings) == together[::-1]
