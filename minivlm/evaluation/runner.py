@@ -50,7 +50,7 @@ def evaluate(config: Config, stage: StageName) -> Path:
 def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Path]:
     """Evaluate those that were not evaluated yet, side by side; greedy, so the same result every time.
 
-    Each is then compared with evaluation.baseline, question by question.
+    Several are then compared with evaluation.baseline, question by question.
 
     Returns:
         The evaluation folder of each export, in the order given.
@@ -62,7 +62,7 @@ def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Pat
         RuntimeError: a question came back without an answer (nothing is scored then).
     """
     names = check_names([export.name for export in exports])
-    baseline = choose_baseline(names, config.evaluation.baseline)
+    baseline = choose_baseline(names, config.evaluation.baseline) if len(names) > 1 else None
     folders = [evaluation_dir(config, export.name, export.reference) for export in exports]
     pending = [(export, folder) for export, folder in zip(exports, folders, strict=True) if not is_evaluated(folder)]
     if pending:
@@ -78,7 +78,8 @@ def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Pat
             _write(config, export, folder, questions, variants, answers, benchmarks, own)
         total = sum(len(answers) for answers in found)
         _log.info("%d answers of %d checkpoint(s) in %.1f s", total, len(pending), seconds)
-    write_comparisons(folders, baseline)
+    if baseline is not None:
+        write_comparisons(folders, baseline)
     return folders
 
 
