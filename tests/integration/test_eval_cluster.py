@@ -167,7 +167,7 @@ def test_evaluation_scores_every_question_in_both_variants(toy: Config) -> None:
     assert colour["accuracy"] == sum(row["answer"] == row["truth"] for row in rows if row["task"] == "colour") / 24
     assert all(row["images"] != row["wrong_images"] for row in rows)
     seen = read_attention(folder)
-    assert {rows[number]["task"] for number in seen} == {"colour", "caption"}
+    assert {rows[number]["task"] for number in seen} == {"colour", "pope"}
     assert all(0 < own["share"] < 1 and len(own["overlays"]) == 1 for own in seen.values())
     assert len(list((folder / "lmms_eval" / "sft").glob("*_results.json"))) == 1
 
