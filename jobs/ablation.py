@@ -8,8 +8,7 @@ from pathlib import Path
 import typer
 
 from jobs.common import CONFIG, DRY_RUN, OVERRIDES, run_job
-from minivlm.config import load_config
-from minivlm.workflow.ablation import describe_plan, run_ablation
+from minivlm.workflow.ablation import check_plan, describe_plan, run_ablation
 from minivlm.workflow.cluster import connect
 from minivlm.workflow.dry_run import describe
 
@@ -24,7 +23,7 @@ def main(
     second_round: bool = SECOND_ROUND,
     dry_run: bool = DRY_RUN,
 ) -> None:
-    settings = load_config(config, overrides or [])
+    settings = check_plan(config, overrides or [], seed)
     if dry_run:
         print(describe(settings))
         print(describe_plan(seed, second_round))

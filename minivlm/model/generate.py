@@ -221,14 +221,16 @@ def _settle(
     top_k: int,
     drawn: Tensor | None,
 ) -> int:
-    """The next token of one prompt from a forward of it alone, whose shapes no other prompt changes."""
+    """The next token of one prompt from a forward of it alone, whose shapes no other prompt changes.
+
+    A placeholder that the model wrote is a token like any other, as in the decoding of a batch.
+    """
     device = next(vlm.parameters()).device
-    input_ids = torch.tensor([[*prompt.input_ids, *written]], device=device)
     image_features = prompt.image_features.to(device)
-    outputs = vlm.language_model.get_decoder()(
-        inputs_embeds=vlm.embed(input_ids, image_features, torch.arange(len(image_features), device=device)),
-        use_cache=False,
-    )
+    asked = torch.tensor([prompt.input_ids], device=device)
+    given = vlm.embed(asked, image_features, torch.arange(len(image_features), device=device))
+    answered = vlm.language_model.get_input_embeddings()(torch.tensor([written], dtype=torch.long, device=device))
+    outputs = vlm.language_model.get_decoder()(inputs_embeds=torch.cat([given, answered], dim=1), use_cache=False)
     logits = vlm.language_model.get_output_embeddings()(outputs.last_hidden_state[:, -1]).float()
     return int(choose(logits, temperature, top_k, drawn)[0])
 

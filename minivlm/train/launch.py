@@ -42,6 +42,7 @@ from minivlm.storage import write_json
 from minivlm.train.feed import newest_step, stage_dataset, stage_worker
 from minivlm.train.job import StageJob, count_steps, sampled_pictures, whitening_pictures
 from minivlm.train.metrics import METRICS_FILE, ProgressFollower
+from minivlm.train.origin import check_origin, write_origin
 from minivlm.train.placement import check_placement
 from minivlm.train.stages import STAGES, TrainingError
 
@@ -84,10 +85,13 @@ def run_stage(config: Config, stage: StageName) -> StageResult:
         raise ConfigError(f"No stage `{stage}`. Type one of: {', '.join(get_args(StageName))}")
     run_dir = layout.run_dir(config, stage)
     if (run_dir / RESULT_FILE).exists():
+        check_origin(config, stage)
         log.info("%s is finished, nothing to do: %s", stage, run_dir)
         return finished_stage(config, stage)
     check_resources(config, encoders_beside=config.data.features == "stream")
     job = make_job(config, stage)
+    check_origin(config, stage)
+    write_origin(config, stage)
     first_step = newest_step(job.run_dir)
     if first_step < job.total_steps:
         if first_step:

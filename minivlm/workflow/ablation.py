@@ -67,6 +67,28 @@ def describe_plan(seeds: Sequence[int], second_round: bool) -> str:
     )
 
 
+def check_plan(path: Path, overrides: list[str], seeds: Sequence[int]) -> Config:
+    """The settings, where an ablation of them can be made.
+
+    Raises:
+        ConfigError: no seed, a seed twice, data or a start of one's own, or no direct answers to compare with.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"an ablation needs different seeds, not {list(seeds)}: type --seed 0 --seed 1")
+    config = load_config(path, overrides)
+    if not config.uses_miniworld or config.preferences.policy is not None:
+        raise ConfigError(
+            "the ablation's table has the miniworld's tasks, and its methods start from SFT: "
+            "remove data.pretrain, data.sft, data.prompts, data.mpo and preferences.policy"
+        )
+    if not config.miniworld.direct_reasoning_fraction:
+        raise ConfigError(
+            "direct answers to reasoning questions are compared, but none is taught: "
+            "add miniworld.direct_reasoning_fraction=1"
+        )
+    return config
+
+
 def run_ablation(path: Path, overrides: list[str], *, seeds: Sequence[int], second_round: bool) -> Ablation:
     """Train and evaluate every method for every seed.
 
@@ -78,16 +100,9 @@ def run_ablation(path: Path, overrides: list[str], *, seeds: Sequence[int], seco
         second_round: whether MPO is done a second time, on answers of the model after the first.
 
     Raises:
-        ConfigError: no seed, a seed twice, or questions that no direct answer was taught for.
+        ConfigError: as `check_plan`.
     """
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"an ablation needs different seeds, not {list(seeds)}: type --seed 0 --seed 1")
-    config = load_config(path, overrides)
-    if config.uses_miniworld and not config.miniworld.direct_reasoning_fraction:
-        raise ConfigError(
-            "direct answers to reasoning questions are compared, but none is taught: "
-            "add miniworld.direct_reasoning_fraction=1"
-        )
+    config = check_plan(path, overrides, seeds)
     check_tracking(config)
     found: dict[str, list[Evaluated]] = {}
     reports = []
@@ -104,8 +119,8 @@ def run_ablation(path: Path, overrides: list[str], *, seeds: Sequence[int], seco
     write_json(directory / "table.json", [asdict(line) for line in lines])
     with start_run(config, "ablation", key=directory.name) as run:
         run.log_artifact(directory / "table.md")
-        for report in reports:
-            run.log_artifact(report)
+        for seed, report in zip(seeds, reports, strict=True):
+            run.log_artifact(report, f"seed-{seed}")
     return Ablation(table, directory, tuple(reports))
 
 

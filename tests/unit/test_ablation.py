@@ -91,6 +91,8 @@ def test_the_plan_names_every_method_and_its_weights():
         (["miniworld.direct_reasoning_fraction=1"], [], "different seeds"),
         (["miniworld.direct_reasoning_fraction=1"], [1, 1], "type --seed 0 --seed 1"),
         ([], [0], "miniworld.direct_reasoning_fraction=1"),
+        (["data.pretrain=[{path: a.json}]", "data.sft=[{path: a.json}]"], [0], "remove data.pretrain"),
+        (["preferences.policy=/models/mine"], [0], "preferences.policy"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_runs(tiny_config: Path, overrides, seeds, message):

@@ -1,4 +1,4 @@
-"""Our preference losses against TRL's own code, to 1e-6 in loss, gradient and logged rewards.
+"""Our preference losses against TRL's own code: losses to 1e-6, gradients to 1e-4 of each, rewards to 1e-5.
 
 A real `DPOTrainer` (TRL 1.16.0, a test-only dependency) holds a policy and a reference of random weights, and its
 `compute_loss` gets random token ids from its own collator: so log-probabilities, masks and losses are TRL's.

@@ -111,3 +111,11 @@ def test_what_rounding_could_decide_is_the_same_in_any_batch(doubtful, prompts, 
         parts = [numbered[start : start + size] for start in range(0, len(numbered), size)]
         assert [row for part in parts for row in generate(doubtful, part, **settings)] == together
     assert generate(doubtful, numbered[::-1], **settings) == together[::-1]
+
+
+def test_a_placeholder_that_the_model_wrote_is_a_token_like_any_other(doubtful, prompts):
+    settings = {"max_new_tokens": 60, "eos_token_id": -1, "temperature": 3.0, "seed": 2}
+    numbered = [Prompt(prompt.input_ids, prompt.image_features, row) for row, prompt in enumerate(prompts)]
+    together = generate(doubtful, numbered, **settings)
+    row = next(row for row, ids in enumerate(together) if doubtful.image_token_id in ids[:50])
+    assert generate(doubtful, [numbered[row]], **settings) == [together[row]]
