@@ -70,6 +70,15 @@ def chartqa(root: Path) -> dict[str, Any]:
     return {"path": write(root / "test_human.json", rows), "images": root / "png"}
 
 
+def chartqa_parquet(root: Path) -> dict[str, Any]:
+    """As lmms-lab publishes it: no names of pictures, and one question asked of two charts."""
+    shared = {"type": "human_test", "question": "What share?"}
+    rows = [shared | {"answer": answer, "image": {"bytes": picture(colour), "path": None}}
+            for answer, colour in (("25%", "red"), ("40%", "blue"))]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), root / "test-00000-of-00001.parquet")
+    return {"path": root}
+
+
 def docvqa(root: Path) -> dict[str, Any]:
     save(root / "documents" / "pybv0228_81.png")
     row = {"questionId": 49153, "question": "What is the value?", "question_types": ["figure/diagram"],
@@ -135,7 +144,7 @@ def mme(root: Path) -> dict[str, Any]:
 
 def mmstar(root: Path) -> dict[str, Any]:
     row = {"index": 0, "question": "What is shown?\nOptions: A: a cat, B: a dog, C: two birds, D: nothing",
-           "image": picture(), "answer": "B", "category": "coarse perception", "l2_category": "image emotion",
+           "image": picture(), "answer": "B", "category": "coarse perception", "l2_category": "biology & chemistry",
            "meta_info": {"source": "MMBench", "split": "val"}}  # fmt: skip
     pq.write_table(pa.Table.from_pylist([row]), root / "mmstar.parquet")
     return {"path": root / "mmstar.parquet"}
@@ -182,7 +191,8 @@ def coco_captions(root: Path) -> dict[str, Any]:
 
 BUILDERS: dict[str, tuple[str, Callable[[Path], dict[str, Any]]]] = {
     "vqav2": ("vqav2", vqav2), "textvqa": ("textvqa", textvqa), "scienceqa": ("scienceqa", scienceqa),
-    "chartqa": ("chartqa", chartqa), "docvqa": ("docvqa", docvqa), "infovqa": ("infovqa", infovqa),
+    "chartqa": ("chartqa", chartqa), "chartqa_parquet": ("chartqa", chartqa_parquet),
+    "docvqa": ("docvqa", docvqa), "infovqa": ("infovqa", infovqa),
     "ocrbench": ("ocrbench", ocrbench), "pope": ("pope", pope), "pope_parquet": ("pope", pope_parquet),
     "mme": ("mme", mme), "mmstar": ("multiple_choice", mmstar), "mmmu": ("multiple_choice", mmmu),
     "table": ("multiple_choice", table), "mathvista": ("mathvista", mathvista),

@@ -67,6 +67,7 @@ def write_report(config: Config, folders: Sequence[Path], path: Path) -> Path:
         looked=_looked([read_attention(folder) for folder in folders], rows, limits),
         samples=[_sample(index, rows, limits) for index in chosen],
         num_questions=results[-1]["num_questions"],
+        benchmarks=sorted({row["task"] for row in rows[-1] if row["source"]}),
     )
     write_bytes(path, page.encode())
     return path

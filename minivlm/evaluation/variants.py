@@ -18,9 +18,10 @@ from dataclasses import dataclass, field, replace
 
 from minivlm.config.run import Variant
 from minivlm.evaluation.shots import Pools, add_shots
-from minivlm.evaluation.tasks import CAPTION, Question
+from minivlm.evaluation.tasks import Question
 from minivlm.schema import IMAGE_PLACEHOLDER, Message
 from minivlm.scoring.prompts import SHORT_INSTRUCTIONS, cot_prompt, direct_prompt, strip_instruction
+from minivlm.scoring.scorers import CAPTION_SCORERS
 
 REAL = "real"
 ROBUSTNESS = ("jpeg", "blur", "rotate", "occlude")
@@ -93,7 +94,7 @@ def vary(question: Question, variant: Variant, material: Material) -> Asked | st
         if not asks_for_steps(text):
             return "asks for no chain of thought"
         return _reworded(question, direct_prompt(text, question.language))
-    if question.task == CAPTION:
+    if question.scorer in CAPTION_SCORERS:
         return "a caption has no final answer"
     if asks_for_steps(text):
         return "asks for a chain of thought already"

@@ -18,10 +18,25 @@ _MARKER = re.compile(r"(?:final answer|answer|答案)\s{0,9}[:：]|the answer is
 _BOXED = "\\boxed{"
 _ALONE = re.compile(r"[(\[]?([A-Z])[)\].:,]*")
 _LEADING = re.compile(r"(?i:option|choice|answer)?\s{0,9}[:：]?\s{0,9}[(\[]?([A-Z](?=[)\].:])|[a-z](?=\)))")
-_NAMED = re.compile(r"(?i:option|choice|answer is)\s{1,9}([A-Z])\b")
+_NAMED = re.compile(r"(?i:\b(?:option|choice|answer is)\s{1,9}|选项\s{0,9})([A-Z])(?![A-Za-z0-9_])")
+_REASONED = re.compile(r"[(\[]?([A-Z])[)\]]?[,;，；]?\s{0,9}(?i:since|because|因为)")
+_CHOSEN = re.compile(r"(?:选择?|答案[是为])\s{0,9}[:：]?\s{0,9}[(（]?([A-Z])(?![A-Za-z0-9])")
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _STANDING = re.compile(r"(?<![\w'’])([A-Z])(?![\w'’])")
-_NUMBER = re.compile(r"(?<![\d.,])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{1,40})?")
+_DENIED = re.compile(
+    r"(?:\b(?i:not|cannot|neither|nor|instead\s{1,9}of|rather\s{1,9}than)|n['’]t)(?:\s{1,9}be)?\s{1,9}"
+    r"(?i:(?:the\s{1,9})?(?:option|choice|answer)\s{1,9})?[(\[]?[A-Z](?!\w)[)\]]?"
+    r"|(?:不是|不选择?|排除|并非)\s{0,9}(?:选项)?\s{0,9}[(（]?[A-Z](?![A-Za-z0-9])[)）]?"
+)
+"""An option that is turned down: "not A", "rather than (A)", "不选A"."""
+_WRONG = re.compile(
+    r"(?:(?i:option|choice)\s{1,9})?[(\[]?(?<![\w'’])[A-Z](?!\w)[)\]]?\s{1,9}(?i:is|was|seems|would\s{1,9}be)"
+    r"(?i:\s{1,9}(?:wrong|incorrect|false)|(?:n['’]t|\s{1,9}not)\s{1,9}(?:the\s{1,9})?(?:correct|right|true|answer))\b"
+    r"|(?:选项)?\s{0,9}(?<![A-Za-z0-9])[A-Z]\s{0,9}(?:选项|项)?是?(?:错误|不正确|不对|错)"
+)
+"""An option that is called wrong, which is a "Which is wrong?" question's answer where no other one is named."""
+_NUMBER = re.compile(r"(?<![\d.,^])(?<!\^\{)(?<!\^[-+−])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{1,40})?")
+_OUT_OF = re.compile(r"(?<=\d)\s{1,9}out\s{1,9}of\s{1,9}\d[\d,.]{0,40}")
 
 
 def final_answer(text: str) -> str | None:
@@ -46,13 +61,16 @@ def final_answer(text: str) -> str | None:
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
     """Letter of the option that an answer to a multiple choice names; None where it names none.
 
-    In this order, on the final answer where there is one: a letter alone; a letter with its mark at the start ("B.",
-    "(B) ..", "The answer is B:"); "option B"; the last "(B)"; a text equal to an option's; the last capital that stands
-    alone (an "A" before a small letter is an article); the only option whose text occurs.
+    In this order, on the final answer where there is one: a letter alone, or on the first or last line; a letter with
+    its mark at the start ("B.", "(B) ..", "The answer is B:") or a reason ("B, since .."); "选B"; "option B"; the last
+    "(B)"; a text equal to an option's; the last capital that stands alone (an "A" before a small letter is an article);
+    the only option whose text occurs. Letters that are turned down ("not A") do not count, nor such as are called wrong
+    ("option A is incorrect") where another one is left.
     """
     letters = LETTERS[: len(choices)]
     given = (final_answer(text) or text[-MAX_CHARS:]).strip(" \t\r\n*`$\"'")
-    found = _by_letter(given, letters)
+    left = _without_rejected(given, letters)
+    found = _by_letter(left, letters)
     if found is not None:
         return found
     wanted = normalize(given)
@@ -60,16 +78,17 @@ def choice_letter(text: str, choices: Sequence[str]) -> str | None:
     equal = [letter for letter, name in zip(letters, names, strict=False) if name and name == wanted]
     if len(equal) == 1:
         return equal[0]
-    standing = [match for match in _STANDING.finditer(given) if match[1] in letters and not _is_article(given, match)]
-    if standing:
-        return standing[-1][1]
+    standing = _last_standing(left, letters)
+    if standing is not None:
+        return standing
     inside = [letter for letter, name in zip(letters, names, strict=False) if name and _occurs(name, wanted)]
     return inside[0] if len(inside) == 1 else None
 
 
 def last_number(text: str) -> float | None:
-    """The last number of a text: "about 1,250.5 kg" -> 1250.5; None without any."""
-    numbers = _NUMBER.findall(text[-MAX_CHARS:])
+    """The last number of a text: "about 1,250.5 kg" -> 1250.5; None without any. No exponent ("12 cm^2" -> 12), and
+    not the whole of a part ("5 out of 10" -> 5)."""
+    numbers = _NUMBER.findall(_OUT_OF.sub("", text[-MAX_CHARS:]))
     return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 
 
@@ -130,11 +149,26 @@ def _by_letter(given: str, letters: str) -> str | None:
     alone = re.fullmatch(r"[a-z]", given)
     if alone and given.upper() in letters:
         return given.upper()
-    for match in (_ALONE.fullmatch(given), _LEADING.match(given), _NAMED.search(given)):
+    lines = [line.strip(" \t\r*`") for line in (given.split("\n", 1)[0], given.rsplit("\n", 1)[-1])]
+    alone_on_a_line = (_ALONE.fullmatch(line) for line in lines)
+    marked = (_LEADING.match(given), _REASONED.match(given), _CHOSEN.search(given), _NAMED.search(given))
+    for match in (*alone_on_a_line, *marked):
         if match and match[1].upper() in letters:
             return match[1].upper()
     bracketed = [letter for letter in _BRACKETED.findall(given) if letter in letters]
     return bracketed[-1] if bracketed else None
+
+
+def _without_rejected(given: str, letters: str) -> str:
+    """The text without what is turned down, and without what is called wrong if a letter is left then."""
+    kept = _DENIED.sub(" ", given).strip()
+    left = _WRONG.sub(" ", kept).strip()
+    return kept if _by_letter(left, letters) is None and _last_standing(left, letters) is None else left
+
+
+def _last_standing(given: str, letters: str) -> str | None:
+    standing = [match for match in _STANDING.finditer(given) if match[1] in letters and not _is_article(given, match)]
+    return standing[-1][1] if standing else None
 
 
 def _is_article(text: str, match: re.Match[str]) -> bool:

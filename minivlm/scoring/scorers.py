@@ -182,12 +182,17 @@ def _judge_math(attempt: Attempt) -> Verdict:
     return Verdict(float(right), extracted)
 
 
+def _concluded(answer: str) -> str:
+    """What a chain of thought ends with; else all of it."""
+    return extract_answer(answer) or answer
+
+
 def _judge_contained(rule: Callable[[str, Sequence[str]], bool], attempt: Attempt) -> Verdict:
-    return Verdict(float(rule(attempt.answer, attempt.truths)))
+    return Verdict(float(rule(_concluded(attempt.answer), attempt.truths)), extract_answer(attempt.answer))
 
 
 def _judge_yes_no(read: Callable[[str], bool | None], attempt: Attempt) -> Verdict:
-    said = read(attempt.answer)
+    said = read(_concluded(attempt.answer))
     extracted = None if said is None else "yes" if said else "no"
     return Verdict(float(said == (attempt.truths[0] == "yes")), extracted)
 
@@ -195,8 +200,8 @@ def _judge_yes_no(read: Callable[[str], bool | None], attempt: Attempt) -> Verdi
 def _total_pope(attempts: Sequence[Attempt], verdicts: Sequence[Verdict]) -> dict[str, float]:
     """Figures by the strict reading, the same as loose/.. by InternVL's, and F1 of each group by both."""
     truths = [attempt.truths[0] == "yes" for attempt in attempts]
-    strict: list[bool | None] = [yes_no.says_strictly(attempt.answer) for attempt in attempts]
-    loose: list[bool | None] = [yes_no.says_loosely(attempt.answer) for attempt in attempts]
+    strict: list[bool | None] = [yes_no.says_strictly(_concluded(attempt.answer)) for attempt in attempts]
+    loose: list[bool | None] = [yes_no.says_loosely(_concluded(attempt.answer)) for attempt in attempts]
     figures: dict[str, float] = {}
     for prefix, said in (("", strict), ("loose/", loose)):
         figures |= {prefix + name: value for name, value in yes_no.yes_no_figures(said, truths).items()}
@@ -208,7 +213,7 @@ def _total_pope(attempts: Sequence[Attempt], verdicts: Sequence[Verdict]) -> dic
 
 
 def _total_mme(attempts: Sequence[Attempt], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    said = [yes_no.says_at_first(attempt.answer) for attempt in attempts]
+    said = [yes_no.says_at_first(_concluded(attempt.answer)) for attempt in attempts]
     figures = yes_no.yes_no_figures(said, [attempt.truths[0] == "yes" for attempt in attempts])
     scores = [verdict.score for verdict in verdicts]
     return figures | yes_no.mme_figures(scores, [attempt.group for attempt in attempts])

@@ -13,8 +13,8 @@ _PAIR_OF = {word: pair for pair in _PAIRS for word in pair}
 PERCEPTION = {
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 }  # fmt: skip
-COGNITION = {"commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"}
-"""MME's two halves (Fu et al. 2023, arXiv:2306.13394, Sec. 2)."""
+"""One of MME's two halves (Fu et al. 2023, arXiv:2306.13394, Sec. 2); the other one, cognition, are commonsense
+reasoning, numerical calculation, text translation and code reasoning."""
 
 
 def yes_or_no(truth: str) -> bool | None:
@@ -89,8 +89,8 @@ def mme_figures(right: Sequence[float], groups: Sequence[str]) -> dict[str, floa
 
     Returns:
         `accuracy_plus`: share of pictures with both questions right. `perception`, `cognition`: sums over the
-        categories that occur. `unpaired`: pictures with one question or more than two, which count for none of these
-        (a row that was set aside takes the other one with it).
+        categories that occur; what is not of perception is of cognition, as upstream. `unpaired`: pictures with one
+        question or more than two, which count for none of these (a row that was set aside takes the other one with it).
 
     Source: arXiv:2306.13394, Sec. 2.2; lmms-eval tasks/mme/utils.py, which stops at such a picture.
     """
@@ -105,7 +105,7 @@ def mme_figures(right: Sequence[float], groups: Sequence[str]) -> dict[str, floa
     figures = {"unpaired": float(len(by_picture) - len(pairs))}
     if pairs:
         figures["accuracy_plus"] = sum(sum(scores) == 2 for scores in pairs.values()) / len(pairs)
-    for name, half in (("perception", PERCEPTION), ("cognition", COGNITION)):
-        if not half.isdisjoint(points):
-            figures[name] = sum(value for category, value in points.items() if category in half)
-    return figures
+    halves: defaultdict[str, float] = defaultdict(float)
+    for category, value in points.items():
+        halves["perception" if category in PERCEPTION else "cognition"] += value
+    return figures | halves

@@ -59,6 +59,7 @@ def right_score(question: Question, answer: str) -> float:
             ("A",), "choice", "natural science", "A.", "B.",
         ),
         ("chartqa", f"What share?\n{SHORT}", ("25%",), "relaxed", "", "0.26", "25"),
+        ("chartqa_parquet", f"What share?\n{SHORT}", ("25%",), "relaxed", "human_test", "25%", "40%"),
         ("docvqa", f"What is the value?\n{SHORT}", ("0.28", ".28"), "anls", "", "0.28", "seven"),
         ("infovqa", f"Which app?\n{SHORT}", ("instagram",), "anls", "", "Instagram", "x"),
         ("ocrbench", "what is written in the image?", ("CENTRE",), "contains", "Regular Text Recognition",
@@ -69,7 +70,7 @@ def right_score(question: Question, answer: str) -> float:
         (
             "mmstar",
             f"What is shown?\nOptions: A: a cat, B: a dog, C: two birds, D: nothing\n{LETTER}",
-            ("B",), "choice", "image emotion", "a dog", "A",
+            ("B",), "choice", "biology & chemistry", "a dog", "A",
         ),
         ("mmmu", f"<image 1> Which of <image 2>?\nA. $6\nB. $7\n{LETTER}", ("A",), "choice", "Accounting", "(A)", "B"),
         ("table", f"What is\nit?\nA. cat\nB. dog\nC. bird\n{LETTER}", ("C",), "choice", "recognition", "C", "D"),
@@ -187,6 +188,27 @@ def test_vqav2_needs_its_annotations(tmp_path: Path) -> None:
     tree["annotations"][0]["question_id"] = 7
     fields["annotations"].write_text(json.dumps(tree))
     assert "question '42000' has no annotation" in load("vqav2", tmp_path, **fields).bad[0].reason
+
+
+def test_a_question_with_two_annotations_is_set_aside_and_the_others_are_asked(tmp_path: Path) -> None:
+    fields = files.vqav2(tmp_path)
+    asked, found = (json.loads(fields[key].read_text()) for key in ("path", "annotations"))
+    asked["questions"].append(asked["questions"][0] | {"question_id": 7})
+    found["annotations"] += [found["annotations"][0] | {"question_id": 7}] * 2 + ["no object"]
+    for key, tree in (("path", asked), ("annotations", found)):
+        fields[key].write_text(json.dumps(tree))
+    loaded = load("vqav2", tmp_path, **fields)
+    assert [question.question_id for question in loaded.questions] == ["vqav2/42000"]
+    assert [(bad.row, bad.reason) for bad in loaded.bad] == [
+        (2, "several annotations in v2_mscoco_val2014_annotations.json for question '7'")
+    ]
+
+
+def test_one_question_of_several_charts_is_several_questions(tmp_path: Path) -> None:
+    loaded = build("chartqa_parquet", tmp_path)
+    assert [question.question_id for question in loaded.questions] == [
+        "chartqa/row 1: What share?", "chartqa/row 2: What share?",
+    ]  # fmt: skip
 
 
 def test_mme_without_a_picture_or_an_answer_goes_on(tmp_path: Path) -> None:

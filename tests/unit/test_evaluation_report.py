@@ -1,6 +1,7 @@
 """The report: figures, hostile text, nothing from outside, failures first."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_hostile_text_is_escaped(config: Config, picture: Path, tmp_path: Path) 
 def test_a_clean_report_has_no_address_at_all(config: Config, picture: Path, tmp_path: Path) -> None:
     folder = save_evaluation(tmp_path / "sft", "sft", [scored(0, "colour", "red", "red", picture)])
     assert not re.search(r"https?:|//[a-z]", write_report(config, [folder], tmp_path / "r.html").read_text())
+
+
+def test_only_the_test_split_is_said_to_be_unseen(config: Config, picture: Path, tmp_path: Path) -> None:
+    own = scored(0, "colour", "red", "red", picture)
+    public = replace(scored(1, "pope_random", "yes", "yes", picture), source="pope")
+    for name, rows, is_said in (("own", [own], False), ("both", [own, public], True)):
+        folder = save_evaluation(tmp_path / name, name, rows)
+        page = write_report(config, [folder], tmp_path / f"{name}.html").read_text()
+        assert ("for the public benchmarks (pope_random) was not checked" in page) is is_said
+        assert "Those of the test split are about pictures that neither training nor model selection has seen" in page
 
 
 def test_answers_of_all_stages_stand_side_by_side(config: Config, picture: Path, tmp_path: Path) -> None:

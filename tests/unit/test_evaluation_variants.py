@@ -15,6 +15,7 @@ from minivlm.evaluation.tasks import Question
 from minivlm.evaluation.variants import ROBUSTNESS, Asked, Material, ask_all, asks_for_steps, vary
 from minivlm.inference.exports import folder_export
 from minivlm.schema import Message, Sample
+from minivlm.scoring.scorers import CAPTION_TOKENS, SHORT_ANSWER
 from tests.tiny_export import CONTEXT, build_export
 
 NONE = Material()
@@ -24,7 +25,8 @@ SHORT = "Answer the question using a single word or phrase."
 
 def question(text: str = "<image>\nHow many?", task: str = "count", language: str = "en") -> Question:
     pictures = tuple(str(number) for number in range(text.count("<image>")))
-    return Question("q", task, language, pictures, pictures, (Message("user", text),), "3", "3")
+    scorer = CAPTION_TOKENS if task == "caption" else SHORT_ANSWER
+    return Question("q", task, language, pictures, pictures, (Message("user", text),), "3", "3", scorer)
 
 
 def text_of(way: Asked | str) -> str:
@@ -57,7 +59,9 @@ def test_cot_wraps_in_the_questions_language() -> None:
 
 
 def test_cot_suits_neither_captions_nor_what_carries_it() -> None:
-    assert vary(question(task="caption"), "cot", NONE) == "a caption has no final answer"
+    benchmark = replace(question(task="coco_captions"), scorer="captions")
+    for asked in (question(task="caption"), benchmark):
+        assert vary(asked, "cot", NONE) == "a caption has no final answer"
     assert vary(question(f"<image>\nHow many? {STEPS}"), "cot", NONE) == "asks for a chain of thought already"
 
 

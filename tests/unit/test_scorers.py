@@ -68,6 +68,13 @@ def test_mme_counts_pictures_with_both_right() -> None:
     assert figures == {"accuracy_plus": 1 / 3, "perception": 125.0, "unpaired": 1.0}
 
 
+def test_mme_counts_a_category_it_does_not_know_as_cognition() -> None:
+    groups = ["color/a", "color/a", "handwriting/b", "handwriting/b"]
+    assert mme_figures([1, 1, 1, 0], groups) == {
+        "accuracy_plus": 1 / 2, "perception": 200.0, "cognition": 50.0, "unpaired": 0.0,
+    }  # fmt: skip
+
+
 def question(number: int, task: str, truth: str, **fields: object) -> Question:
     messages = (Message("user", "<image>\nWhat?"),)
     return Question(f"q{number}", task, "en", ("/a.png",), (f"{number:064}",), messages, truth, truth, **fields)

@@ -62,6 +62,26 @@ def test_final_answer(text: str, answer: str | None) -> None:
         ("e.g. this", None),
         ("", None),
         ("cats or dogs", None),
+        ("B\n\nExplanation: option A shows a cat.", "B"),
+        ("Option A shows a cat.\n\nB", "B"),
+        ("Option A is incorrect. Option B is correct.", "B"),
+        ("Option B is wrong. Option A is correct.", "A"),
+        ("Option B isn't correct, option A is.", "A"),
+        ("The answer is B, since option A is wrong", "B"),
+        ("The answer is B because option A shows a cat", "B"),
+        ("(B) is right, (A) is wrong", "B"),
+        ("C, not A", "C"),
+        ("It cannot be (A), rather (C), not option B", "C"),
+        ("Neither A nor B, so D", "D"),
+        ("The answer is not A.", None),
+        ("Option A is incorrect.", "A"),  # as to "Which is incorrect?"
+        ("B is not red", "B"),
+        ("选B", "B"),
+        ("答案：选B", "B"),
+        ("答案是（C）。", "C"),
+        ("不选A，选B", "B"),
+        ("选项A错误，选项B正确", "B"),
+        ("选CT", None),
     ],
 )
 def test_choice_letter(text: str, letter: str | None) -> None:
@@ -80,7 +100,19 @@ def test_rules_of_the_benchmarks_themselves() -> None:
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("about 1,250.5 kg", 1250.5), ("3 of 14", 14.0), ("-7", -7.0), ("−7", -7.0), ("none", None), ("1.2.3", 1.2)],
+    [
+        ("about 1,250.5 kg", 1250.5),
+        ("3 of 14", 14.0),
+        ("-7", -7.0),
+        ("−7", -7.0),
+        ("none", None),
+        ("1.2.3", 1.2),
+        ("12 cm^2", 12.0),
+        ("12 cm^{2}", 12.0),
+        ("10^-3", 10.0),
+        ("5 out of 10", 5.0),
+        ("1,000 out of 2,500.", 1000.0),
+    ],
 )
 def test_last_number(text: str, number: float | None) -> None:
     assert last_number(text) == number
@@ -131,7 +163,9 @@ def test_every_scorer_has_a_score_for_any_text(text: str) -> None:
         assert all(isinstance(value, float) for value in scorer.total([attempt], [verdict]).values())
 
 
-@pytest.mark.parametrize("unit", ["9", "\\boxed{", "answer is ", "A ", " ", "1,", "(", "答案: "])
+@pytest.mark.parametrize(
+    "unit", ["9", "\\boxed{", "answer is ", "A ", " ", "1,", "(", "答案: ", "not ", "选", "option A is ", "5 out of "]
+)
 def test_hostile_texts_take_no_time(unit: str) -> None:
     text = unit * (30_000 // len(unit))
     started = time.process_time()
@@ -185,3 +219,25 @@ def test_figures_of_pope_by_both_readings() -> None:
     assert (figures["loose/accuracy"], figures["loose/recall"], figures["loose/precision"]) == (0.75, 1.0, 2 / 3)
     assert (figures["yes_ratio"], figures["loose/yes_ratio"]) == (0.25, 0.75)
     assert (figures["loose/f1/random"], figures["f1/popular"]) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "truth", "thought", "answer", "wrong"),
+    [
+        ("pope", "yes", "There is nothing in sight.", "Yes", "No"),
+        ("mme", "no", "Yes, there is a car, but it is blue.", "No", "Yes"),
+        ("contains", "4", "I see 12 cars, 4 of them red.", "4", "12"),
+        ("contains_formula", "X^2", "It is X^2 or Y^2.", "X ^ 2", "Y^2"),
+    ],
+)
+def test_of_a_chain_of_thought_only_the_final_answer_is_judged(
+    name: str, truth: str, thought: str, answer: str, wrong: str
+) -> None:
+    scorer = SCORERS[name]
+    for said, score in ((answer, 1.0), (wrong, 0.0)):
+        attempt = Attempt(f"{thought}\nFinal answer: {said}", (truth,), (), "color/1")
+        verdict = scorer.judge(attempt)
+        figures = scorer.total([attempt], [verdict])
+        by_set = {key: figures[key] for key in ("accuracy", "loose/accuracy") if key in figures}
+        assert {verdict.score, *by_set.values()} == {score}
+        assert len(by_set) == {"pope": 2, "mme": 1}.get(name, 0)

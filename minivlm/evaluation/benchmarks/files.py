@@ -142,6 +142,8 @@ def _without_nul(file: io.TextIOBase) -> Iterator[str]:
 def vqav2_rows(path: Path, annotations: Path) -> Numbered:
     """Questions joined with their annotations by `question_id`; `image` is COCO_SUBTYPE_NUMBER.jpg.
 
+    A question with no annotation, or with several, is a RowError; an annotation without an id belongs to no question.
+
     Raises:
         DataError: a file is not what VQAv2 publishes.
     """
@@ -150,18 +152,20 @@ def vqav2_rows(path: Path, annotations: Path) -> Numbered:
     if not isinstance(subtype, str):
         raise DataError(f"{path} has no `data_subtype`: is it VQAv2's file of questions?")
     by_id: dict[Any, Any] = {}
-    for number, row in rows_of(answered, "annotations", annotations):
+    repeated: set[Any] = set()
+    for _, row in rows_of(answered, "annotations", annotations):
         name = row.get("question_id") if isinstance(row, dict) else None
-        if not isinstance(name, int | str) or name in by_id:
-            raise DataError(
-                f"{annotations}, row {number}: no `question_id`, or one that stands twice. Correct the file"
-            )
-        by_id[name] = row.get("answers")
+        if isinstance(name, int | str):
+            if name in by_id:
+                repeated.add(name)
+            by_id[name] = row.get("answers")
     for number, row in rows_of(asked, "questions", path):
         if isinstance(row, dict):
             name, picture = row.get("question_id"), row.get("image_id")
             if not isinstance(name, int | str) or name not in by_id:
                 row = RowError(f"question {str(name)[:40]!r} has no annotation in {annotations.name}")
+            elif name in repeated:
+                row = RowError(f"several annotations in {annotations.name} for question {str(name)[:40]!r}")
             elif isinstance(picture, int):
                 row = row | {"answers": by_id[name], "image": f"COCO_{subtype}_{picture:012}.jpg"}
         yield number, row

@@ -88,10 +88,11 @@ def scienceqa(row: Raw) -> Row:
 
 
 def chartqa(row: Raw) -> Row:
-    """test_human.json, test_augmented.json: a list of {imgname, query, label}."""
+    """test_human.json, test_augmented.json: a list of {imgname, query, label}; parquet has no imgname, and one question
+    is asked of several charts there, so the row's number tells them apart."""
     names = _given(row, "image") or (_text(row, "imgname"),)
     truths = _texts(row, "label", "answer")
-    name = row.get("id") or f"{row.get('imgname', '')}: {_text(row, 'query', 'question')}"
+    name = row.get("id") or f"{_name(row, 'imgname')}: {_text(row, 'query', 'question')}"
     return _short(row, str(name), truths, "relaxed", names, group=text_field(row, "type") or "")
 
 
