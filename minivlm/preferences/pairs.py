@@ -2,7 +2,8 @@
 
 After MMPR's correctness pipeline (arXiv:2411.10442, Sec. 3): right answers x wrong answers, and right answers x
 answers that break the asked format. Departures: the entailment rule compares whole words (MMPR's plain substring
-would drop 1 against 10), and format pairs are limited to a share of all pairs.
+would drop 1 against 10), format pairs are limited to a share of all pairs, and the verifier alone says what is right
+(MMPR's answer fixing makes right whatever contains the truth).
 """
 
 import random
@@ -13,11 +14,11 @@ from typing import Literal
 
 from minivlm.scoring.answers import MARKER, extract_answer, mentions
 from minivlm.scoring.prompts import Style, parse_response
-from minivlm.scoring.verifiers import fix_answer, verify
+from minivlm.scoring.verifiers import fix_answer, option_letter, verify
 
 Verdict = Literal["right", "wrong", "malformed"]
-FORMAT_SHARE = 0.2
-"""Most format pairs, as a share of all pairs of questions with a known answer."""
+FORMAT_PART = 5
+"""At most one of so many pairs of questions with a known answer is a format pair."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Asked:
     """What a question asked for, and how its answers are checked.
 
     `reasoned`: the question itself asks for `Final answer: ..`; `style`: it was wrapped into this prompt, which decides
-    instead. `verifier` is one of `minivlm.scoring.verifiers`; `fixes` lets right answers take the truth's spelling.
+    instead. `verifier` is one of `minivlm.scoring.verifiers` and alone says what is right; `fixes` then lets right
+    answers take the truth's spelling.
     """
 
     truth: str
@@ -81,7 +83,11 @@ def is_well_formed(text: str, *, reasoned: bool) -> bool:
 
 
 def judge(text: str, asked: Asked) -> Judged:
-    """ "malformed" if the form is broken, else "right" or "wrong" by the question's verifier."""
+    """ "malformed" if the form is broken, else "right" or "wrong" by the question's verifier alone.
+
+    `fixes` changes how a right answer is written, never the verdict. Departure from MMPR, whose fixing comes first and
+    makes right whatever contains the truth ("red and blue" for red).
+    """
     text = text.strip()
     if asked.style is not None:
         parsed = parse_response(text, asked.style)
@@ -93,31 +99,45 @@ def judge(text: str, asked: Asked) -> Judged:
     if answer is None:
         return Judged("malformed", text)
     ends_in_marker = asked.style in ("en", "zh") if asked.style else asked.reasoned
-    if asked.fixes and ends_in_marker and (fixed := fix_answer(text, answer, asked.truth)) != text:
+    right = verify(answer, asked.truth, asked.verifier)
+    if right and asked.fixes and ends_in_marker and (fixed := fix_answer(text, answer, asked.truth)) != text:
         return Judged("right", fixed, asked.truth)
-    return Judged("right" if verify(answer, asked.truth, asked.verifier) else "wrong", text, answer)
+    return Judged("right" if right else "wrong", text, answer)
 
 
 def entails(chosen: str, rejected: str) -> bool:
     """Whether the rejected answer contains the chosen one ("dog" in "a dog and a cat"): then it is not clearly wrong.
 
-    Of texts with a marker, what follows the last one is compared; see `minivlm.scoring.answers.mentions`.
+    Of texts with a marker, what follows the last one is compared. Where both name an option, the letters are ("B. a
+    dog" does not contain A); else see `minivlm.scoring.answers.mentions`.
     """
-    return mentions(extract_answer(rejected) or rejected, extract_answer(chosen) or chosen)
+    inner, outer = extract_answer(chosen) or chosen, extract_answer(rejected) or rejected
+    letters = option_letter(inner), option_letter(outer)
+    if all(letters):
+        return letters[0] == letters[1]
+    return mentions(outer, inner)
 
 
 def choose_pairs(
-    answers: Sequence[str], asked: Asked, *, max_pairs: int, max_format_pairs: int = 1, seed: str
+    answers: Sequence[str | None], asked: Asked, *, max_pairs: int, max_format_pairs: int = 1, seed: str
 ) -> QuestionPairs:
     """Pairs of one question: right x wrong first, then right x malformed in the room that is left.
 
-    Identical texts count once. The choice under the cap is random but a function of `seed` only, and spreads over
-    different texts before any is used twice. A question whose answers are all right or all wrong gives none.
+    Identical texts count once. The choice under the cap is random but a function of `seed` only, and takes every
+    chosen text once before any twice (see `_spread`). A question whose answers are all right or all wrong gives none.
+
+    Args:
+        answers: None = one that the length limit cut off. It counts as malformed and makes no pair: what its text would
+            have come to is not known.
     """
     result = QuestionPairs()
     groups: dict[Verdict, list[str]] = {"right": [], "wrong": [], "malformed": []}
     short: dict[str, str] = {}
     for written in answers:
+        if written is None:
+            result.verdicts["malformed"] += 1
+            result.drops["answer_unfinished"] += 1
+            continue
         judged = judge(written, asked)
         result.verdicts[judged.verdict] += 1
         if judged.text in groups[judged.verdict]:
@@ -130,7 +150,7 @@ def choose_pairs(
         result.drops["question_without_right_answer"] += 1
         return result
     if not groups["wrong"] and not groups["malformed"]:
-        result.drops["question_all_right"] += 1
+        result.drops["question_all_right"] += not result.drops["answer_unfinished"]
         return result
     shuffle = random.Random(seed).shuffle
     for group in groups.values():
@@ -153,10 +173,10 @@ def choose_pairs(
 
 
 def keep_minority(kinds: Sequence[str], *, seed: int) -> list[int]:
-    """Positions to keep so that format pairs are at most FORMAT_SHARE of what remains; every other pair is kept."""
+    """Positions to keep so that format pairs are at most one of FORMAT_PART that remain; every other pair is kept."""
     formats = [i for i, kind in enumerate(kinds) if kind == "format"]
     others = len(kinds) - len(formats)
-    room = int(others * FORMAT_SHARE / (1 - FORMAT_SHARE))
+    room = others // (FORMAT_PART - 1)
     kept = set(formats)
     if len(formats) > room:
         kept = set(random.Random(seed).sample(formats, room))
@@ -164,5 +184,9 @@ def keep_minority(kinds: Sequence[str], *, seed: int) -> list[int]:
 
 
 def _spread(left: Sequence[str], right: Sequence[str]) -> list[tuple[str, str]]:
-    """All combinations, ordered so that the first ones use different texts."""
+    """All combinations of chosen (left) and rejected texts (right): each round has every chosen text once.
+
+    A round goes through the rejected texts in turn and the next one starts one further. So a rejected text may come
+    again before another one came at all: of 2 x 4 the third combination has the rejected text of the second.
+    """
     return [(left[i], right[(i + shift) % len(right)]) for shift in range(len(right)) for i in range(len(left))]

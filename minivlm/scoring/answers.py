@@ -84,12 +84,14 @@ def is_correct(answer_text: str, truth: str) -> bool:
 def mentions(answer: str, truth: str) -> bool:
     """Whether an answer contains the truth ("dog" in "a dog and a cat"), both normalised.
 
-    Latin words and numbers must occur as a whole (1 is not in 10, nor 2 in 2.5), Chinese as a substring.
+    Latin words and numbers must occur as a whole (1 is not in 10, nor 2 in 2.5, nor 5 in -5), Chinese as a substring.
     """
     inner, outer = normalize(truth), normalize(answer)
     if not inner:
         return False
     start = r"(?<![a-z0-9.])" if re.match(r"[a-z0-9]", inner) else ""
+    if inner[0].isdecimal():
+        start += r"(?<!(?<!\w)[-−])"  # a minus sign; in "3-5" it is a dash
     end = r"(?![a-z0-9]|\.\d)" if re.search(r"[a-z0-9]$", inner) else ""
     return re.search(start + re.escape(inner) + end, outer) is not None
 
@@ -97,7 +99,8 @@ def mentions(answer: str, truth: str) -> bool:
 def _number(text: str) -> float | None:
     if not re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)", text):
         return None
-    return float(text)
+    value = float(text)
+    return value if math.isfinite(value) else None  # all numbers of 400 digits are infinite, and not the same
 
 
 def _count(text: str) -> int:

@@ -70,6 +70,9 @@ _STEP_BY_STEP = re.compile(
     re.IGNORECASE,
 )
 _BOX = "\\boxed{"
+_FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf)\s*\{([^{}]*)\}")
+MAX_NESTED_FONTS = 3
+"""So many of LaTeX's `\\text{..}` within each other are taken off in a box."""
 _LABEL = re.compile(r"(?:final\s+)?answer\s*:\s*$|答案\s*[:：]\s*$", re.IGNORECASE)
 
 
@@ -171,7 +174,8 @@ def _parse_marked(text: str) -> Parsed | None:
 
 
 def _last_box(text: str) -> tuple[str, str] | None:
-    """What stands before the last `\\boxed{..}`, and its content; None if it is not closed or empty."""
+    """What stands before the last `\\boxed{..}`, and its content without `\\text{..}` and the like around its words;
+    None if it is not closed or empty."""
     start = text.rfind(_BOX)
     if start < 0:
         return None
@@ -179,7 +183,10 @@ def _last_box(text: str) -> tuple[str, str] | None:
     for place in range(first, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if depth == 0:
-            answer = text[first:place].strip()
+            answer = text[first:place]
+            for _ in range(MAX_NESTED_FONTS):
+                answer = _FONT.sub(r"\1", answer)
+            answer = answer.strip()
             return (text[:start], answer) if answer else None
     return None
 

@@ -14,6 +14,7 @@ above 0.9; `exact` is enough in each of them. Departures: its ANLS is inverted t
 right); digits that differ are wrong however long the text; only years of 20xx were exact; units were dropped.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable
@@ -33,7 +34,12 @@ _OPTION = re.compile(
     r"(?:\(([a-z])\)|([a-z])(?=$|[.)](?:\s|$)|\s*[:、]))(.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_OTHER_OPTION = re.compile(r"(?:\b(?:or|and|nor)\b|或|和)\W*[a-z]\b|\([a-z]\)", re.IGNORECASE)
+_OTHER_OPTION = re.compile(
+    r"(?:\b(?:or|and|nor)\b|或|和)\W*[a-z]\b|\([a-z]\)"
+    r"|(?:^|[.,;:)、。/&\n])\s*[a-h]\s*(?=$|[.,;:)、。/&\n])"  # alone between marks: "A. B. C.", "选A、B", "(A) no, B"
+    r"|(?<![\w.])[a-h](?:\s*[:)、]\s*\S|\.\s+\S)",  # leading a text of its own: "A: red B: blue"
+    re.IGNORECASE,
+)
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 _QUANTITY = re.compile(
     r"[$€£¥]?\s*([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?)(?:\s*/\s*(\d+(?:\.\d*)?))?\s*([a-zµ°%\\^/]{0,10}[23]?)"
@@ -64,7 +70,7 @@ def verify(answer: str, truth: str, verifier: str) -> bool:
 def option_letter(text: str) -> str | None:
     """The letter that names an option, in upper case: "A", "(a)", "A. red", "Option A", "选A"; None where none does.
 
-    A text that names a second option ("(A) or (B)") names none.
+    A text that names a second option ("(A) or (B)", "A、B", "A: red B: blue") names none.
     """
     found = _OPTION.fullmatch(unicodedata.normalize("NFKC", text).strip().strip("*`\"'").strip())
     if found is None or _OTHER_OPTION.search(found[3]):
@@ -76,11 +82,12 @@ def fix_answer(text: str, answer: str, truth: str) -> str:
     """The response with its last answer in the truth's own spelling, where the answer says the truth and nothing else.
 
     "Final answer: **the dog.**" becomes "Final answer: dog": the form is learned together with the content, and
-    emphasis in the last line goes. Departures from MMPR: whole words count (1 is not in 10), and an answer that
-    denies or offers others ("not red", "3 or 4") stays as it is, which there becomes right.
+    emphasis in the last line goes. Departures from MMPR: whole words count (1 is not in 10), an answer that denies or
+    offers others ("not red", "3 or 4") stays as it is, and this says nothing about right or wrong: it is for responses
+    that `verify` found right, while there whatever contains the truth becomes right.
 
     Args:
-        text: the whole response, which ends in `answer`.
+        text: the whole response, a right one, which ends in `answer`.
         answer: its final answer, as `extract_answer` finds it.
         truth: the known answer.
     """
@@ -135,7 +142,8 @@ def _is_vqa(answer: str, truth: str) -> bool:
 
 
 def _quantity(text: str) -> tuple[float, str] | None:
-    """Value and unit of "$1,200", "3.50 cm", "45°", "1/2" or "\\frac{1}{2}"; None where the text is something else."""
+    """Value and unit of "$1,200", "3.50 cm", "45°", "1/2" or "\\frac{1}{2}"; None where the text is something else
+    or a number too large to be held."""
     text = _FRACTION.sub(r"\1/\2", unicodedata.normalize("NFKC", text).casefold().strip(_EDGE + "$"))
     found = _QUANTITY.fullmatch(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
     if found is None:
@@ -143,8 +151,10 @@ def _quantity(text: str) -> tuple[float, str] | None:
     divisor = float(found[2] or 1)
     if divisor == 0:
         return None
-    unit = found[3].strip(_EDGE)
-    return float(found[1]) / divisor, _UNITS.get(unit, unit)
+    value, unit = float(found[1]), found[3].strip(_EDGE)
+    if not (math.isfinite(value) and math.isfinite(divisor) and math.isfinite(value / divisor)):
+        return None
+    return value / divisor, _UNITS.get(unit, unit)
 
 
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {

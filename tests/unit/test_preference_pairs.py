@@ -86,6 +86,10 @@ def test_choice_depends_on_the_seed_and_not_on_the_order_of_answers() -> None:
         ("2", "2.5", False),
         ("no", "nothing", False),
         ("红", "红色", True),
+        ("A", "B. a dog", False),  # an article, no letter
+        ("A", "A. a dog", True),
+        ("5", "-5", False),
+        ("5", "3-5", True),
         ("So.\nFinal answer: dog", "Dog here.\nFinal answer: cat", False),
     ],
 )
@@ -110,6 +114,7 @@ def test_format_pairs_stay_a_minority() -> None:
     assert len(kept) == 10
     assert kept[:8] == list(range(8))
     assert keep_minority(["format"] * 5, seed=0) == []
+    assert len(keep_minority(["correctness"] * 172 + ["format"] * 99, seed=0)) == 172 + 43  # a fifth of 215
 
 
 def test_a_wrong_reading_of_a_document_is_never_chosen() -> None:
@@ -146,6 +151,24 @@ def test_right_answers_take_the_truths_spelling_where_asked() -> None:
     made = choose_pairs(answers, dog, max_pairs=9, seed="q1")
     assert [(p.chosen, p.rejected) for p in made.pairs] == [("A tail.\nFinal answer: dog", answers[2])]
     assert made.drops["identical_text"] == 1
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [("red", "red and blue"), ("red", "blue instead of red"), ("red", "isn’t red"), ("red", "dark red"),
+     ("dog", "dog and cat"), ("dog", "hot dog"), ("dog", "maybe dog"), ("猫", "熊猫"), ("红色", "粉红色")],
+)  # fmt: skip
+def test_no_spelling_makes_a_wrong_answer_right(truth: str, answer: str) -> None:
+    judged = judge(f"I look.\nFinal answer: {answer}", Asked(truth, reasoned=True, fixes=True))
+    assert (judged.verdict, judged.answer) == ("wrong", answer)
+
+
+def test_answers_that_were_cut_off_are_counted_and_make_no_pair() -> None:
+    made = choose_pairs([RIGHT, None, WRONG, None], THREE, max_pairs=9, seed="q1")
+    assert [(pair.chosen, pair.rejected) for pair in made.pairs] == [(RIGHT, WRONG)]
+    assert (made.verdicts["malformed"], made.drops["answer_unfinished"]) == (2, 2)
+    none = choose_pairs([RIGHT, None], THREE, max_pairs=9, seed="q1")
+    assert (none.pairs, none.drops["question_all_right"]) == ([], 0)
 
 
 def test_answers_to_a_prompt_of_ours_are_checked_by_its_form() -> None:

@@ -64,6 +64,9 @@ def test_a_direct_prompt_asks_for_a_short_answer_and_keeps_the_questions_own_req
         ("zh", "Two.\nOne.\nFinal answer: 3", Parsed("Two.\nOne.", "3")),
         ("boxed_en", f"{LONG}\nAnswer: \\boxed{{3}}", Parsed(LONG, "3")),
         ("boxed_en", f"{LONG}\nAnswer: $\\boxed{{\\frac{{1}}{{2}}}}$", Parsed(LONG, "\\frac{1}{2}")),
+        ("boxed_en", f"{LONG}\nAnswer: \\boxed{{\\text{{dog}}}}", Parsed(LONG, "dog")),
+        ("boxed_en", f"{LONG}\nAnswer: \\boxed{{5\\,\\mathrm{{cm}}}}", Parsed(LONG, "5\\,cm")),
+        ("boxed_en", f"{LONG}\nAnswer: \\boxed{{\\textbf{{\\text{{A}}}}}}", Parsed(LONG, "A")),
         ("boxed_zh", f"{CHINESE}\n答案：\\boxed{{3}}", Parsed(CHINESE, "3")),
         ("think_en", f"<think>{LONG}</think>\nSo it is \\boxed{{3}}.", Parsed(LONG, "3")),
         ("think_en", f"<think>{LONG} \\boxed{{4}}</think>\n\\boxed{{3}}", Parsed(f"{LONG} \\boxed{{4}}", "3")),
@@ -86,6 +89,7 @@ def test_responses_in_the_asked_form(style: str, text: str, expected: Parsed) ->
         ("boxed_en", f"{LONG}\nAnswer: 3"),
         ("boxed_en", f"{LONG}\nAnswer: \\boxed{{3"),
         ("boxed_en", f"{LONG}\nAnswer: \\boxed{{ }}"),
+        ("boxed_en", f"{LONG}\nAnswer: \\boxed{{\\text{{}}}}"),
         ("boxed_en", "So: \\boxed{3}"),  # too short
         ("think_en", f"{LONG}\n\\boxed{{3}}"),
         ("think_en", f"<think>{LONG}</think>\n3"),

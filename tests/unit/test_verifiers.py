@@ -13,6 +13,7 @@ CASES = [
     ("exact", "Three.", "3", True),
     ("exact", "3.1", "3", False),
     ("exact", ".5", "5", False),
+    ("exact", "1" * 400, "2" * 400, False),  # both infinite as floats
     ("relaxed", "104", "100", True),
     ("relaxed", "106", "100", False),
     ("relaxed", "10%", "10%", True),
@@ -31,6 +32,9 @@ CASES = [
     ("choice", "A or B", "A", False),
     ("choice", "(A) and (B)", "A", False),
     ("choice", "选B", "B", True),
+    *[("choice", text, "A", False) for text in
+      ("A、B", "选A、B、C", "A. B. C. D.", "(A), B", "(A) no, B", "A: red B: blue")],
+    *[("choice", text, "C", True) for text in ("C. a cat", "C. vitamin D.", "(C) at 5 p.m.", "C: I see a cat")],
     ("numeric", "3.1416", "3.1415", True),
     ("numeric", "3.15", "3.14", False),
     ("numeric", "5 cm", "5", True),
@@ -41,11 +45,13 @@ CASES = [
     ("numeric", "0.001", "0", False),
     ("numeric", "-3", "3", False),
     ("numeric", "3 or 4", "3", False),
+    ("numeric", "5", "1e400", False),
+    ("numeric", "1e400", "5", False),
     ("vqa", "a dog", "dog", True),
     ("vqa", "dont", "don't", True),
     ("vqa", "dogs", "dog", False),
     ("vqa", "!", "?", False),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("verifier", "answer", "truth", "expected"), CASES)
