@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minivlm.config import Config, StageName
-from minivlm.storage import content_hash, file_sha256
+from minivlm.storage import content_hash, file_sha256, manifest_of
 
 
 def miniworld_dir(config: Config) -> Path:
@@ -199,18 +199,18 @@ def _run_key(config: Config, stage: StageName) -> list[Any]:
 def _pairs_key(config: Config) -> list[Any]:
     draws = [_draw_key(config, stage) for stage in ("pretrain", "sft", "prompts", "mpo")]
     verifiers = [[source.verifier for source in group] for group in (config.data.prompts, config.data.sft)]
-    settings = config.preferences.model_dump(mode="json", exclude={"policy"})
+    settings = config.preferences.model_dump(mode="json", exclude={"policy", "min_pairs"})
     return [_policy_key(config), settings, draws, verifiers]
 
 
 def _policy_key(config: Config) -> list[Any]:
     """What determines the model that answers: the SFT run, or the weights that were given instead, wherever they lie.
 
-    A checkpoint's manifest holds the digest of every file; of other folders sizes and times must do.
+    A checkpoint's manifest holds the digest of every file; of folders that none speaks for, sizes and times must do.
     """
     policy = config.preferences.policy
     if policy is None:
         return _run_key(config, "sft")
-    manifest = policy.expanduser().absolute().parent / "manifest.json"
-    weights = [file_sha256(manifest)] if manifest.is_file() else _location_key(str(policy))
+    manifest = manifest_of(policy.expanduser().absolute())
+    weights = [file_sha256(manifest)] if manifest else _location_key(str(policy))
     return [weights, *_tower_key(config), _values(config.model)]

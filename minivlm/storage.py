@@ -7,6 +7,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,33 @@ def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_of(folder: Path) -> Path | None:
+    """The manifest.json beside an export folder, if it is this folder's: None unless its `files` names each of the
+    folder's safetensors with the sha256 that they have. Any other file of that name says nothing about the weights."""
+    path = folder.parent / "manifest.json"
+    weights = sorted(folder.glob("*.safetensors"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    files = found.get("files") if isinstance(found, dict) else None
+    if not weights or not isinstance(files, dict):
+        return None
+    is_own = all(files.get(f"{folder.name}/{file.name}") == _sha256_as_of(file, *_state(file)) for file in weights)
+    return path if is_own else None
+
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def _sha256_as_of(file: Path, size: int, time_ns: int) -> str:
+    """`file_sha256`, read once as long as size and time stay: names of folders are asked for often."""
+    return file_sha256(file)
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:

@@ -12,7 +12,7 @@ from minivlm.config import Config, ConfigError, StageName
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.layout import run_dir, tokenizer_path
 from minivlm.model.export import load_export_tower
-from minivlm.storage import file_sha256
+from minivlm.storage import file_sha256, manifest_of
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def policy_export(config: Config) -> StageExport:
             f"preferences.policy={folder} has another tokenizer than these settings, which would garble every answer: "
             f"add tokenizer.path={folder}"
         )
-    manifest = folder.parent / "manifest.json"
-    if manifest.is_file():
+    if manifest := manifest_of(folder):
         return StageExport("policy", None, folder.parent, folder, file_sha256(manifest)[:16])
     return folder_export("policy", folder)
 
