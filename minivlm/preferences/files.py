@@ -73,7 +73,10 @@ def write_mmpr(folder: Path, pairs: Sequence[PreferencePair]) -> None:
 
 def write_unsolved(folder: Path, samples: Sequence[Sample]) -> None:
     """unsolved.jsonl: questions that no sampled answer was right for, as MMPR's pipeline reads its prompts, and
-    unsolved_meta.json with their pictures' root, for `data.prompts: [{path: .., split: train}]` of another round."""
+    unsolved_meta.json with their pictures' root, for `data.prompts: [{path: .., split: train}]` of another round.
+
+    An answer that a row has stands under `chosen`, without a `rejected`: its form tells what the question asks for.
+    """
     root = _common_root(folder, [image for sample in samples for image in sample.images])
     rows = []
     for sample in samples:
@@ -81,6 +84,8 @@ def write_unsolved(folder: Path, samples: Sequence[Sample]) -> None:
         row: dict[str, Any] = {"id": sample.sample_id}
         row |= {"question": _without_leading_picture(question, len(sample.images))}
         row |= {"answer": sample.answer, "task": sample.task, "language": sample.language}
+        written = "\n".join(message.content for message in sample.messages if message.role == "assistant")
+        row |= {"chosen": written} if written.strip() else {}
         rows.append(_picture(sample.images, root) | row)
     entry = _write_rows(folder / "unsolved.jsonl", rows, root)
     write_json(folder / "unsolved_meta.json", {"unsolved": entry})

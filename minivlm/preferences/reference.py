@@ -11,9 +11,10 @@ Called by the preferences job after `build_pairs`.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -57,14 +58,19 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
 
     Raises:
         FileNotFoundError: no pairs, no finished SFT run or no such policy.
-        ConfigError: the values there are of another checkpoint, or no pair fits.
+        ConfigError: the values there are of another checkpoint, or fewer than preferences.min_pairs are left of pairs
+            that were sampled.
     """
     folder = pairs_dir(config)
     export = policy_export(config)
     tokens_dir = folder / "tokens"
-    if (folder / "reference.json").exists():
+    summary = json.loads((folder / "summary.json").read_text())
+    if (folder / "reference.json").exists() and tokens_dir.is_dir():
         check_reference(folder, export)
+        stored = json.loads((folder / "reference.json").read_text())
+        _check_enough(config, summary, stored["num_pairs"], stored["dropped"])
         return tokens_dir
+    (folder / "reference.json").unlink(missing_ok=True)
     pairs = read_pairs(folder / "pairs.parquet")
     tokenizer = load_tokenizer(export.export_dir)
     encoded, kept, dropped = encode_pairs(
@@ -72,6 +78,7 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
     )
     if not encoded:
         raise ConfigError(f"None of {len(pairs)} pairs can be used ({dict(dropped)}): add model.max_length_tokens=1024")
+    _check_enough(config, summary, len(kept), dropped)
     for stale in (tokens_dir, folder / "tokens-unscored"):
         shutil.rmtree(stale, ignore_errors=True)
     unscored = TokenTable.write(folder / "tokens-unscored", encoded, group_size=2)
@@ -80,6 +87,7 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
         raise DataError(f"{export.export_dir} gives log-probabilities that are not finite: train sft again")
     if config.preferences.dropout_ntp_filter:
         encoded, kept, logps = _filter_blind(pairs, encoded, kept, logps, dropped)
+        _check_enough(config, summary, len(kept), dropped)
     if dropped:
         _log.warning("%d of %d pairs left out: %s", dropped.total(), len(pairs), dict(dropped))
     scored = _with_columns(pairs, kept, logps, export.reference)
@@ -88,7 +96,6 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
     if (folder / "mmpr_meta.json").exists():
         write_mmpr(folder, [scored[position] for position in kept])
     shutil.rmtree(unscored.directory)
-    summary = json.loads((folder / "summary.json").read_text())
     reference = {
         "reference": export.reference,
         "checkpoint": str(export.checkpoint_dir),
@@ -99,6 +106,17 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
     write_bytes(folder / CARD_FILE, card.encode())
     write_json(folder / "reference.json", reference)
     return tokens_dir
+
+
+def _check_enough(config: Config, summary: Mapping[str, Any], num_pairs: int, dropped: Mapping[str, int]) -> None:
+    least = config.preferences.min_pairs
+    if summary["source"] == "sampled" and num_pairs < least:
+        lower = f", or accept so few with preferences.min_pairs={num_pairs}" if num_pairs else ""
+        raise ConfigError(
+            f"Only {num_pairs} of {summary['num_pairs']} preference pairs can be used ({dict(dropped)}), "
+            f"preferences.min_pairs is {least}. Add model.max_length_tokens=1024 for pairs that are too long, "
+            f"preferences.dropout_ntp_filter=false for those that were filtered{lower}"
+        )
 
 
 def _score_on_cluster(config: Config, export: StageExport, pairs: Sequence[PreferencePair]) -> ScoreTable:

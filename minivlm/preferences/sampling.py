@@ -12,6 +12,7 @@ Called by the preferences job. What `build_pairs` writes:
 Pairs that the user brings (data.mpo) are taken over as they are.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,8 @@ def build_pairs(config: Config, answer: AnswerBlocks | None = None) -> Path:
     """
     folder = pairs_dir(config)
     if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text())
+        _check_enough(config, summary)
         return folder
     if config.data.mpo:
         pairs = drawn_pairs(samples_dir(config), draw_rows(config, "mpo"))
@@ -77,12 +80,7 @@ def build_pairs(config: Config, answer: AnswerBlocks | None = None) -> Path:
         "sampled_by": export.reference,
         **_lengths(pairs),
     }
-    if len(pairs) < config.preferences.min_pairs:
-        raise ConfigError(
-            f"Only {len(pairs)} preference pairs came out of {len(questions.known)} questions x "
-            f"{config.preferences.num_samples} answers and {len(questions.open)} open questions, "
-            f"preferences.min_pairs is {config.preferences.min_pairs}. {_advice(summary)}"
-        )
+    _check_enough(config, summary)
     write_mmpr(folder, pairs)
     write_unsolved(folder, [prompt.sample for prompt in unsolved])
     write_pairs(folder / "pairs.parquet", pairs)
@@ -95,12 +93,12 @@ def build_pairs(config: Config, answer: AnswerBlocks | None = None) -> Path:
 
 
 def make_pairs(
-    config: Config, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]
+    config: Config, prompts: Sequence[Prompt], texts: Sequence[Sequence[str | None]]
 ) -> tuple[list[PreferencePair], list[Prompt], dict[str, Any]]:
     """Apply the pair rules to all questions with a known answer.
 
     Args:
-        texts: sampled answers of each prompt.
+        texts: sampled answers of each prompt; None = one that ran into preferences.max_new_tokens.
 
     Returns:
         Pairs in the order of the prompts, questions that no answer was right for, and the counts for summary.json.
@@ -178,6 +176,9 @@ def _dropout_pairs(
     pairs = []
     for index, prefix in prefixes.items():
         seen, unseen = shown[f"{index}/0"], blind[f"{index}/0"]
+        if len(unseen.token_ids) >= settings.max_new_tokens:
+            drops["continuation_unfinished"] += 1
+            continue
         rejected, reason = judge_continuation(seen.token_ids, prefix, unseen.token_ids, tokenizer)
         if rejected is None:
             drops[reason] += 1
@@ -201,12 +202,20 @@ def _pair(prompt: Prompt, number: int, chosen: str, rejected: str, kind: str) ->
 
 def _sample_answers(
     config: Config, export: StageExport, prompts: Sequence[Prompt], answer: AnswerBlocks
-) -> list[list[str]]:
-    """Answers of each prompt, in the order of their number; finished batches are read, the others asked for."""
+) -> list[list[str | None]]:
+    """Answers of each prompt, in the order of their number; None where the length limit cut one off.
+
+    Finished batches are read, the others asked for.
+    """
     numbers = range(config.preferences.num_samples)
     requests = [_request(config, export, i, prompt, n) for i, prompt in enumerate(prompts) for n in numbers]
     found = _finish(config, export, "answers", requests, answer)
-    return [[found[f"{i}/{number}"].text for number in numbers] for i in range(len(prompts))]
+    limit = config.preferences.max_new_tokens
+
+    def finished(answer: Answer) -> str | None:
+        return answer.text if len(answer.token_ids) < limit else None
+
+    return [[finished(found[f"{i}/{number}"]) for number in numbers] for i in range(len(prompts))]
 
 
 def _request(config: Config, export: StageExport, index: int, prompt: Prompt, number: int = 0) -> Request:
@@ -256,7 +265,22 @@ def _lengths(pairs: Sequence[PreferencePair]) -> dict[str, float]:
     }
 
 
+def _check_enough(config: Config, summary: dict[str, Any]) -> None:
+    settings = config.preferences
+    if summary["source"] == "sampled" and summary["num_pairs"] < settings.min_pairs:
+        raise ConfigError(
+            f"Only {summary['num_pairs']} preference pairs came out of {summary['num_questions']} questions x "
+            f"{settings.num_samples} answers and {summary['num_open_questions']} open questions, "
+            f"preferences.min_pairs is {settings.min_pairs}. {_advice(summary)}"
+        )
+
+
 def _advice(summary: dict[str, Any]) -> str:
+    if not summary["num_questions"]:
+        return (
+            f"Left out: {summary['drops']}. Add preferences.max_new_tokens=512 for answers that are cut, more rows of "
+            "the tasks in preferences.dropout_ntp_tasks, or questions with a known answer"
+        )
     if summary["accuracy"] == 0:
         return "No sampled answer was right: train SFT longer (train.sft.epochs=4) or ask easier questions"
     return "Add preferences.num_samples=16, preferences.temperature=1.2 or more questions with a known answer"

@@ -181,5 +181,5 @@ def check_first_step(metrics: dict[str, float], *, precision: str) -> None:
             raise TrainingError(
                 f"{name} is {metrics[name]:.5f} at MPO's first step and must be {expected:.5f}: the reference "
                 "log-probabilities were not computed by the SFT model that MPO starts from. "
-                "Delete the tokens folder of the pairs and run: python -m jobs.preferences"
+                "Delete reference.json in the folder of the pairs and run: python -m jobs.preferences"
             )

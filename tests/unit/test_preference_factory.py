@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,12 @@ from minivlm.inference.jobs import Answer, Request
 from minivlm.layout import pairs_dir, run_dir, samples_dir, tokenizer_dir
 from minivlm.model.checkpoint import write_manifest
 from minivlm.preferences.card import CARD_FILE, pairs_metrics
-from minivlm.preferences.files import read_pairs
+from minivlm.preferences.files import read_pairs, write_unsolved
 from minivlm.preferences.questions import select_questions
 from minivlm.preferences.reference import add_reference_logps
 from minivlm.preferences.sampling import build_pairs, make_pairs
 from minivlm.schema import Message, PreferencePair, Sample
-from minivlm.storage import write_json
+from minivlm.storage import file_sha256, write_json
 
 ASK = "<image>\nHow many?\nAnswer the question using a single word or phrase."
 TELL = "<image>\nDescribe the image."
@@ -84,8 +85,8 @@ def make_config(root: Path, checkpoint: Path, *, questions: int = 4, captions: i
 class Model:
     """Answers each question right, wrong and without the form in turn, questions by question more often wrong."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, unseen: str = BLIND) -> None:
+        self.tokenizer, self.unseen = tokenizer, unseen
         self.asked: Counter[str] = Counter()
         self.blind: list[Request] = []
 
@@ -98,7 +99,7 @@ class Model:
         question, number = (int(part) for part in request.row_id.partition(":")[2].split("/"))
         if request.response_prefix:
             self.blind.append(request)
-            text = ["", " " + BLIND, SEEN[len(self.tokenizer.decode(request.response_prefix)) :]][question % 3]
+            text = ["", " " + self.unseen, SEEN[len(self.tokenizer.decode(request.response_prefix)) :]][question % 3]
         elif "Describe" in request.messages[-1].content:
             text = SEEN
         else:
@@ -323,6 +324,87 @@ def test_a_policy_answers_in_place_of_sft_and_stands_in_every_name(tmp_path: Pat
     (tmp_path / "moved" / "export" / "model.safetensors").write_bytes(b"third weights")
     write_manifest(tmp_path / "moved", {"stage": "mpo", "step": 3})
     assert pairs_dir(moved) != before
+
+
+def test_a_manifest_beside_a_policy_counts_only_if_it_names_its_weights(tmp_path: Path, checkpoint: Path) -> None:
+    """A folder of models with a manifest of somebody else's: two models are two models."""
+    models = tmp_path / "models"
+    for name in ("foo", "bar"):
+        shutil.copytree(checkpoint / "export", models / name)
+        (models / name / "model.safetensors").write_bytes(name.encode() * 4)
+    for manifest in ({"version": 1}, ["foo"], {"files": {"foo/model.safetensors": "0" * 64}}, "not read", None):
+        (models / "manifest.json").write_text("{" if manifest is None else json.dumps(manifest))
+        given = [make_config(tmp_path / "store", checkpoint, policy=models / name) for name in ("foo", "bar")]
+        assert policy_export(given[0]).reference != policy_export(given[1]).reference
+        assert pairs_dir(given[0]) != pairs_dir(given[1])
+        assert policy_export(given[0]).checkpoint_dir == models / "foo"
+    assert (
+        policy_export(make_config(tmp_path / "store", checkpoint, policy=checkpoint / "export")).reference
+        == (file_sha256(checkpoint / "manifest.json")[:16])
+    )
+
+
+def test_without_their_tokens_pairs_are_scored_again(tmp_path: Path, checkpoint: Path) -> None:
+    config = make_config(tmp_path, checkpoint, **ALL)
+    expected = run(config, Model(load_tokenizer(checkpoint / "export")))
+    for name in ("tokens", "reference.json"):
+        path = pairs_dir(config) / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert run(config, Model(load_tokenizer(checkpoint / "export"))) == expected
+
+
+def test_too_few_pairs_are_refused_after_encoding_too_and_a_lower_limit_goes_on(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    settings = {"dropout_ntp_filter": True, **ALL}
+    config = make_config(tmp_path, checkpoint, min_pairs=8, **settings)
+    model = Model(load_tokenizer(checkpoint / "export"))
+    build_pairs(config, model)
+
+    def rising(table: Path) -> list[float]:
+        return [float(entry) for entry in range(len(TokenTable.open(table)))]
+
+    with pytest.raises(ConfigError, match=r"Only 7 of 8 .*likelier.*min_pairs is 8\..*preferences\.min_pairs=7"):
+        add_reference_logps(config, rising)
+    lower = make_config(tmp_path, checkpoint, min_pairs=7, **settings)
+    assert pairs_dir(lower) == pairs_dir(config)
+    assert set(model.asked.values()) == {1}
+    build_pairs(lower, model)
+    add_reference_logps(lower, rising)
+    assert set(model.asked.values()) == {1}
+    with pytest.raises(ConfigError, match="Only 7 of 8"):
+        add_reference_logps(config, rising)  # finished under the lower limit
+    with pytest.raises(ConfigError, match="Only 8 preference pairs came out"):
+        build_pairs(make_config(tmp_path, checkpoint, min_pairs=9, **settings), model)
+
+
+def test_answers_that_ran_into_the_limit_make_no_pair(tmp_path: Path, checkpoint: Path) -> None:
+    """An answer of as many tokens as may be written did not end by itself."""
+    model = Model(load_tokenizer(checkpoint / "export"))
+    longest = len(encode_text(model.tokenizer, "2 of them.\nSo:\nI do not know"))
+    config = make_config(tmp_path, checkpoint, max_new_tokens=longest, prompt_style="final_answer")
+    run(config, model)
+    kinds = Counter(pair.kind for pair in read_pairs(pairs_dir(config) / "pairs.parquet"))
+    drops = json.loads((pairs_dir(config) / "summary.json").read_text())["drops"]
+    assert kinds == {"correctness": 6}
+    assert drops["answer_unfinished"] == 3
+    limit = len(encode_text(model.tokenizer, SEEN)) + 1
+    captions = make_config(tmp_path / "open", checkpoint, questions=0, max_new_tokens=limit, **ALL)
+    message = r"continuation_unfinished': 1.*dropout_ntp_tasks"
+    with pytest.raises(ConfigError, match=message) as failed:
+        build_pairs(captions, Model(model.tokenizer, f"{BLIND} {BLIND}"))
+    assert "No sampled answer was right" not in str(failed.value)
+
+
+def test_unsolved_questions_keep_the_form_that_only_their_answer_shows(tmp_path: Path) -> None:
+    turns = (Message("user", ASK), Message("assistant", "Two and one.\nFinal answer: 3"))
+    write_unsolved(tmp_path, [replace(sample(1), messages=turns), replace(sample(2), messages=turns[:1])])
+    [file] = find_files(str(tmp_path / "unsolved_meta.json"), None, None)
+    again = [
+        to_sample(parse_row(raw, {}), stage="prompts", split="train", task="x", default_id="x")
+        for _, raw in read_rows(file.path)
+    ]
+    assert [row.messages for row in again] == [turns, turns[:1]]
 
 
 def test_a_policy_that_cannot_answer_is_refused(tmp_path: Path, checkpoint: Path) -> None:

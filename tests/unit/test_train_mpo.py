@@ -224,7 +224,7 @@ def test_rewards_are_logged_unweighted():
 def test_foreign_reference_is_found_at_the_first_step():
     good = {"loss/dpo": math.log(2), "loss/bco": 2 * math.log(2)}
     check_first_step(good, precision="float32")
-    with pytest.raises(TrainingError, match=r"python -m jobs\.preferences"):
+    with pytest.raises(TrainingError, match=r"Delete reference\.json .*python -m jobs\.preferences"):
         check_first_step({**good, "loss/dpo": 0.71}, precision="float32")
 
 
