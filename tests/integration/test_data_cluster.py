@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import CLIPModel
 
 from minivlm.config import Config, load_config
 from minivlm.data.collate import collate, unpack_batch
+from minivlm.data.embeddings import embed
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.pipeline import (
@@ -28,6 +30,7 @@ from minivlm.data.pipeline import (
 )
 from minivlm.data.plan import plan_epoch
 from minivlm.data.samples import load_pairs, load_samples
+from minivlm.data.settings import scoring
 from minivlm.data.stream import micro_batch_dataset
 from minivlm.data.tokenizer import END_OF_TEXT, load_tokenizer
 from minivlm.data.tokens import TokenTable
@@ -35,6 +38,7 @@ from minivlm.layout import samples_dir, scores_root
 from minivlm.model.clip import build_clip, save_clip
 from minivlm.model.vision import VisionTower
 from minivlm.schema import IMAGE_PLACEHOLDER
+from minivlm.storage import file_sha256
 from tests.videos import BLUE, RED, plain, write_film
 
 pytestmark = pytest.mark.cluster
@@ -176,6 +180,17 @@ def test_rows_are_scored_by_actors_drawn_and_tokenized(config, folder, tmp_path)
     assert len(np.load(stored)) == NUM_GOOD
     assert len(TokenTable.open(build_tokens(changed, "sft", "train"))) == 2 * (NUM_GOOD - 1)
     assert samples_dir(changed) == folder
+    given = replace(scoring(changed, ""), store=tmp_path / "embeddings")
+    fingerprint = given.load("cpu").fingerprint
+    picture, page = Path(load_samples(folder, stage="sft")[0].images[0]), tmp_path / "page.png"
+    page.write_text("no picture")
+    images = {file_sha256(path): str(path) for path in (picture, page)}
+    first = embed(images, {"t" * 64: "a disc"}, given, fingerprint)
+    assert (first.computed, list(first.images), list(first.texts)) == (3, [file_sha256(picture)], ["t" * 64])
+    assert "not a readable picture" in first.errors[file_sha256(page)]
+    again = embed({file_sha256(picture): "gone"}, {"t" * 64: "a disc"}, given, fingerprint)
+    assert (again.computed, again.errors) == (0, {})
+    assert np.array_equal(again.images[file_sha256(picture)], first.images[file_sha256(picture)])
 
 
 def test_each_distinct_picture_is_encoded_once_across_runs(config, folder):
