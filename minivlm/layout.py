@@ -108,9 +108,13 @@ def evaluation_dir(config: Config, name: str, reference: str) -> Path:
         name: what readers see; characters that a path should not hold become `-`.
         reference: stands for the export's content.
     """
+    variants = config.evaluation.variants
     answers = config.evaluation.model_dump(mode="json", exclude=_SHOWING)
-    files = [_location_key(str(path)) for given in config.evaluation.benchmarks for path in given.files]
-    key = [name, reference, config.seed, _data_key(config), _tower_key(config), answers, files]
+    asked = [path for given in config.evaluation.benchmarks for path in (*given.files, given.images) if path]
+    files = [_location_key(str(path)) for path in asked]
+    shots = [_draw_key(config, stage) for stage in ("sft", "pretrain")] if "few_shot" in variants else []
+    own = [SCORING, config.model.max_length_tokens, answers, files, shots]
+    key = [name, reference, config.seed, _data_key(config), _tower_key(config), own]
     return config.root / "evaluations" / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name)}-{content_hash(key)}"
 
 
@@ -141,9 +145,12 @@ def _location_key(location: str) -> list[Any]:
 
 _SHOWING = {
     *("num_actors", "cpus_per_actor", "gpus_per_actor", "threads_per_actor"),
-    *("exports", "baseline", "report_samples_per_task", "heat_maps"),
+    *("exports", "baseline", "report_samples_per_task", "heat_maps", "max_bad_fraction"),
 }
 """Settings of an evaluation that change neither a question nor an answer."""
+
+SCORING = 1
+"""Raised when the same answers are scored otherwise, so that no score is compared with one of another kind."""
 
 FORMAT = 4
 """Raised when the same settings draw other scenes, validate otherwise or train another tokenizer."""

@@ -62,6 +62,10 @@ class EvaluationConfig(Frozen):
     benchmarks: tuple[BenchmarkConfig, ...] = ()
     """Public benchmarks, asked beside the test split as tasks of their own."""
 
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Largest share of a benchmark's rows that may be set aside; above it nothing is asked. Of training rows:
+    data.max_bad_fraction."""
+
 
 class TuneConfig(Frozen):
     """Search over projector kind and learning rate with ASHA."""

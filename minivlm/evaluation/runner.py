@@ -34,7 +34,7 @@ from minivlm.inference.attention import Answered, look
 from minivlm.inference.committed import Work, finish_answers
 from minivlm.inference.exports import StageExport, check_tower, stage_export
 from minivlm.inference.jobs import Answer, Request, answer_blocks
-from minivlm.layout import evaluation_dir, samples_dir
+from minivlm.layout import SCORING, evaluation_dir, samples_dir, tokenizer_path
 from minivlm.log import get_logger
 from minivlm.model.tokenizer import encode_text, load_tokenizer
 from minivlm.storage import content_hash
@@ -66,7 +66,7 @@ def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Pat
     folders = [evaluation_dir(config, export.name, export.reference) for export in exports]
     pending = [(export, folder) for export, folder in zip(exports, folders, strict=True) if not is_evaluated(folder)]
     if pending:
-        questions, benchmarks = _questions(config, pending[0][0])
+        questions, benchmarks = held_out_questions(config)
         variants, elsewhere = _variants(config, questions)
         for export, _ in pending:
             _check_shots(config, export, questions, variants)
@@ -83,11 +83,15 @@ def evaluate_exports(config: Config, exports: Sequence[StageExport]) -> list[Pat
     return folders
 
 
-def _questions(config: Config, export: StageExport) -> tuple[list[Question], BenchmarkAccount]:
+def questions_key(questions: Sequence[Question], max_new_tokens: int) -> str:
+    """Stands for the questions and how answers to them are scored; scores are comparable only where it is equal."""
+    return content_hash([SCORING, [vars(question) for question in questions], max_new_tokens])
+
+
+def held_out_questions(config: Config) -> tuple[list[Question], BenchmarkAccount]:
     """Of the test split, then of the benchmarks; and what became of the benchmarks' rows.
 
-    Args:
-        export: whose tokenizer says what is too long to ask.
+    What is too long to ask says the configuration's tokenizer, so that every model is asked the same.
     """
     samples = load_samples(samples_dir(config), split="test")
     limit = config.evaluation.max_questions_per_task
@@ -97,7 +101,9 @@ def _questions(config: Config, export: StageExport) -> tuple[list[Question], Ben
             f"{samples_dir(config)} has no test question. Give a source of data.sft `split: test`, or raise "
             "data.test_fraction so that `split: auto` keeps pictures for the test"
         )
-    tokenizer, places = load_tokenizer(str(export.export_dir)), num_image_tokens(config)
+    if not config.evaluation.benchmarks:
+        return questions, {}
+    tokenizer, places = load_tokenizer(tokenizer_path(config)), num_image_tokens(config)
     more, account = load_benchmarks(
         config,
         taken={question.task for question in questions},
@@ -217,7 +223,7 @@ def _write(
         "stage": export.stage,
         "checkpoint": str(export.checkpoint_dir),
         "reference": export.reference,
-        "questions": content_hash([[vars(question) for question in questions], config.evaluation.max_new_tokens]),
+        "questions": questions_key(questions, config.evaluation.max_new_tokens),
         "num_questions": len(questions),
         "benchmarks": benchmarks,
         "comparisons": {},

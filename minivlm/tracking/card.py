@@ -1,12 +1,17 @@
 """From evaluation results (results.json of each stage, as read) to logged metrics and to the model card."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
+from itertools import count
 from pathlib import PurePath
 from typing import Any
 
 from minivlm import layout
 from minivlm.config import STAGE_NAMES, Config
 from minivlm.tracking.registry import GATE_METRIC
+
+MAX_NAME = 240
+"""Characters of a metric's name; MLflow allows 250."""
 
 LIMITS = """\
 - Small: it knows the tasks, pictures and languages of its training data, and nothing of the world beyond them.
@@ -40,9 +45,11 @@ def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     (`eval/TASK/f1`, ...), and the macro means.
 
     The gate's `eval/macro/accuracy` is the mean over all tasks but caption; where captions are all there is, their
-    token accuracy. A figure of nothing (None) is left out.
+    token accuracy. A figure of nothing (None) is left out. Names are made such that MLflow takes them: categories of
+    benchmarks are any text ("biology & chemistry").
     """
-    metrics: dict[str, float | None] = {GATE_METRIC: results["macro"]}
+    gate: float | None = results["macro"]
+    metrics: dict[str, float | None] = {}
     metrics |= {f"eval/macro/{name}": figures["macro"] for name, figures in results["variants"].items()}
     for task, figures in results["tasks"].items():
         metrics |= {f"eval/{task}/{name}": value for name, value in figures["metrics"].items()}
@@ -53,8 +60,25 @@ def result_metrics(results: Mapping[str, Any]) -> dict[str, float]:
         metrics["eval/caption/token_accuracy"] = caption["token_accuracy"]
         metrics |= _variant_metrics("caption", caption)
         if results["macro"] is None:
-            metrics[GATE_METRIC] = caption["token_accuracy"]
-    return {key: float(value) for key, value in metrics.items() if value is not None}
+            gate = caption["token_accuracy"]
+    named = {} if gate is None else {GATE_METRIC: float(gate)}
+    for key, value in metrics.items():
+        if value is not None:
+            named[_free_name(_metric_name(key), named)] = float(value)
+    return named
+
+
+def _metric_name(key: str) -> str:
+    """Letters, digits and `_.- /` as MLflow allows, no part of a path that means another place, and its length."""
+    parts = [re.sub(r"[^\w.\- ]", "_", part) for part in key.split("/")]
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)[:MAX_NAME].rstrip("/")
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    """The name, with a number where another figure has it already."""
+    if name not in taken:
+        return name
+    return next(longer for number in count(2) if (longer := f"{name}_{number}") not in taken)
 
 
 def _variant_metrics(task: str, figures: Mapping[str, Any]) -> dict[str, float]:

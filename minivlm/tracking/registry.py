@@ -59,7 +59,8 @@ def register_candidate(
     """Register an export as a version of `tracking.model_name` and point `@challenger` at it.
 
     The same export is one version, however often it is registered; its metrics, questions, manifest and card are then
-    updated. Its files are stored anew only if a gate found fault with them.
+    updated. Its files are stored anew if a gate found fault with them, or if it is the champion: no gate looks at that
+    one any more, and what serves must be whole.
 
     Args:
         export_dir: a stock transformers folder (safetensors and JSON).
@@ -81,11 +82,12 @@ def register_candidate(
     digest = export_digest(files)
     name, folder = config.tracking.model_name, _folder(digest)
     client = connect(config)
+    champion = champion_number(config)
     tags = {"digest": digest, "questions": questions, "metrics": json.dumps(dict(metrics), sort_keys=True)}
     with explained(config):
         version = _version_with(client, name, digest)
         run_id = version.run_id if version else run.run_id
-        if version is None or version.tags.get(GATE_TAG) in FILE_GATES:
+        if version is None or version.tags.get(GATE_TAG) in FILE_GATES or int(version.version) == champion:
             client.log_artifacts(run_id, str(export_dir), folder)
         manifest = {"digest": digest, "files": files, "provenance": provenance_tags(config)}
         client.log_dict(run_id, manifest, f"{folder}/{MANIFEST}")
@@ -97,7 +99,7 @@ def register_candidate(
             client.set_model_version_tag(name, str(version.version), key, value)
     number = int(version.version)
     write_card(config, number, card_text)
-    if champion_number(config) != number:
+    if champion != number:
         with explained(config):
             client.set_registered_model_alias(name, "challenger", str(number))
     return number

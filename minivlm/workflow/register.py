@@ -12,14 +12,14 @@ from typing import Any
 
 from minivlm import layout
 from minivlm.config import Config, ConfigError
-from minivlm.evaluation.gate import Check, check_better, examine
+from minivlm.evaluation.gate import Check, check_better, check_complete, examine
 from minivlm.evaluation.results import read_results, read_rows
 from minivlm.evaluation.runner import evaluate_exports
 from minivlm.inference.exports import folder_export, stage_export
 from minivlm.log import get_logger
 from minivlm.storage import file_sha256
 from minivlm.tracking.card import gate_section, model_card, result_metrics
-from minivlm.tracking.client import check_tracking
+from minivlm.tracking.client import TrackingError, check_tracking, one_line
 from minivlm.tracking.registry import (
     GATE_METRIC,
     ChampionVersion,
@@ -40,6 +40,12 @@ from minivlm.workflow.cluster import connect, is_connected
 from minivlm.workflow.steps import finished_stages
 
 log = get_logger(__name__)
+
+STORE_CHAMPION = (
+    "If it is damaged or gone, store it anew: python -m jobs.register with the settings that made it, while its "
+    "checkpoint is there"
+)
+OTHER_CHAMPION = "Else move @champion to a whole version in MLflow, or delete that alias to let the next one serve"
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def submit(config: Config, candidate: Candidate, run: Run) -> PromotionResult:
             champion = champion_number(config)
             if champion == version:
                 free_challenger(config, version)
-                return PromotionResult(True, f"version {version} is the champion already", version, version)
+                return _reexamined(config, version)
             checks = _checks(config, version, champion, candidate, metrics, questions)
             refused = [check for check in checks if check.passed is False]
             rows = [(check.gate, check.passed, check.measured) for check in checks]
@@ -115,6 +121,19 @@ def submit(config: Config, candidate: Candidate, run: Run) -> PromotionResult:
     better = f"better than version {champion}" if champion is not None else "the first champion"
     reason = f"version {version} is @champion: {GATE_METRIC} {metrics[GATE_METRIC]:.4f}, {better}"
     return PromotionResult(True, reason, version, version, tuple(checks))
+
+
+def _reexamined(config: Config, version: int) -> PromotionResult:
+    """Whether the champion, which was registered again, is whole as it is stored."""
+    with tempfile.TemporaryDirectory(dir=config.root, prefix=".gate-") as place:
+        stored = Path(place) / "version"
+        stored.mkdir()
+        download_version(config, version, stored)
+        check = check_complete(stored, version_digest(config, version))
+    if not check.passed:
+        reason = f"version {version} is the champion, and damaged in the registry: {check.measured}. {OTHER_CHAMPION}"
+        return PromotionResult(False, reason, version, version, (check,))
+    return PromotionResult(True, f"version {version} is the champion already", version, version, (check,))
 
 
 def _refusal(version: int, champion: int | None, checks: Sequence[Check], first: Check) -> PromotionResult:
@@ -146,7 +165,11 @@ def _checks(
         if champion is None:
             return [*checks, Check("better", True, "there is no champion to beat")]
         tokenizer = file_sha256(stored / "tokenizer.json")
-    serving = resolve_champion(config)
+    try:
+        serving = resolve_champion(config)
+    except TrackingError as error:
+        measured = f"champion {champion} cannot be compared with: {one_line(error)}"
+        return [*checks, Check("better", False, measured, f"{STORE_CHAMPION}. {OTHER_CHAMPION}")]
     champion_rows = _champion_rows(config, serving, questions)
     if isinstance(champion_rows, Check):
         return [*checks, champion_rows]

@@ -67,7 +67,10 @@ def toy(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Config:
     (root / "empty.yaml").write_text("")
     overrides = [f"storage_path={root / 'store'}", f"clip.path={root / 'clip'}", *SETTINGS]
     overrides.append(f"tokenizer.path={root / 'tokenizer'}")
-    overrides += [f"evaluation.benchmarks=[{{kind: pope, path: {_write_pope(root)}}}]", "data.max_bad_fraction=0.5"]
+    overrides += [
+        f"evaluation.benchmarks=[{{kind: pope, path: {_write_pope(root)}}}]",
+        "evaluation.max_bad_fraction=0.5",
+    ]
     config = load_config(root / "empty.yaml", overrides)
     samples = _draw_samples(root)
     samples_dir(config).mkdir(parents=True)

@@ -243,8 +243,8 @@ def test_any_row_is_a_question_or_has_a_reason(kind: str, raw: dict[str, Any]) -
 
 
 def config_with(tmp_path: Path, *benchmarks: dict[str, Any], max_bad: float = 0.01) -> Config:
-    tree = {"storage_path": str(tmp_path / "store"), "data": {"max_bad_fraction": max_bad}}
-    return Config.model_validate(tree | {"evaluation": {"benchmarks": list(benchmarks)}})
+    evaluation = {"benchmarks": list(benchmarks), "max_bad_fraction": max_bad}
+    return Config.model_validate({"storage_path": str(tmp_path / "store"), "evaluation": evaluation})
 
 
 def load_all(config: Config, taken: tuple[str, ...] = ()) -> tuple[list[Question], dict[str, dict[str, Any]]]:
@@ -253,7 +253,7 @@ def load_all(config: Config, taken: tuple[str, ...] = ()) -> tuple[list[Question
 
 def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     fields = lines(tmp_path, [GOOD, GOOD])
-    with pytest.raises(DataError, match=r"1 of 2 rows cannot be asked.*row 2.*twice.*max_bad_fraction=0.51"):
+    with pytest.raises(DataError, match=r"1 of 2 rows cannot be asked.*row 2.*twice.*evaluation.max_bad_fraction=0.51"):
         load_all(config_with(tmp_path, {"kind": "pope", **fields}))
     listed = (tmp_path / "store" / "benchmarks" / "pope.quarantine.jsonl").read_text()
     assert json.loads(listed)["row"] == 2

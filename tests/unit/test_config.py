@@ -204,3 +204,31 @@ def test_sources_that_would_be_left_unread_are_refused():
     mine = ["data.pretrain=[{path: a.json}]", "data.sft=[{path: a.json}]"]
     with pytest.raises(ConfigError, match=r"pairs of data\.mpo are trained on"):
         load_config(CONFIGS / "tiny.yaml", [*mine, "data.mpo=[{path: p.jsonl, split: test}]"])
+
+
+def test_an_evaluation_is_another_one_where_questions_or_answers_would_be(tmp_path):
+    """Names of evaluation folders, and of the SFT run, which none of these settings may touch."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (tmp_path / "pope.jsonl").write_text("{}")
+    evaluation = {"benchmarks": [{"kind": "pope", "path": tmp_path / "pope.jsonl", "images": pictures}]}
+    config = Config(evaluation=evaluation)
+    place, run = layout.evaluation_dir(config, "sft", "ab"), layout.run_dir(config, "sft")
+
+    def moved(**changed: object) -> bool:
+        other = Config(**{"evaluation": evaluation, **changed})
+        return layout.evaluation_dir(other, "sft", "ab") != place
+
+    assert moved(model={"max_length_tokens": 77})
+    assert not moved(evaluation=evaluation | {"max_bad_fraction": 0.5})
+    assert layout.run_dir(Config(evaluation=evaluation | {"max_bad_fraction": 0.5}), "sft") == run
+    (pictures / "a.png").write_bytes(b"x")
+    assert moved(), "a picture of the benchmark is another one"
+
+
+@pytest.mark.parametrize(("variant", "counts"), [("few_shot", True), ("shuffled", False)])
+def test_what_a_stage_draws_is_part_of_an_evaluation_with_examples_only(variant, counts):
+    evaluation, source = {"variants": [variant]}, {"path": "a.json", "split": "train"}
+    plain = Config(evaluation=evaluation, data={"pretrain": [source], "sft": [source]})
+    fewer = Config(evaluation=evaluation, data={"pretrain": [source], "sft": [source | {"max_rows": 9}]})
+    assert (layout.evaluation_dir(plain, "sft", "ab") != layout.evaluation_dir(fewer, "sft", "ab")) is counts

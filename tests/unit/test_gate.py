@@ -9,7 +9,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from minivlm.data.tokenizer import train_tokenizer
-from minivlm.evaluation.gate import Check, check_better, check_complete, check_finite, check_reloads, examine
+from minivlm.evaluation.gate import (
+    Check,
+    check_better,
+    check_complete,
+    check_finite,
+    check_reloads,
+    examine,
+    exchange_p_value,
+)
 from minivlm.tracking.manifest import CARD, MANIFEST, PROVENANCE, export_digest, export_files
 from tests.tiny_export import CORPUS, build_export
 
@@ -50,9 +58,11 @@ def change_weight(folder: Path, value: float) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def answers(scores: list[float], task: str = "colour") -> list[dict]:
+def answers(scores: list[float], task: str = "colour", scorer: str = "short_answer") -> list[dict]:
+    """Two questions about each picture."""
+    fields = {"task": task, "source": "", "scorer": scorer, "question": "Which?"}
     return [
-        {"task": task, "question_id": f"q{number}", "source": "", "cluster": f"picture {number // 2}", "score": score}
+        fields | {"question_id": f"q{number}", "cluster": f"{task} {number // 2}", "score": score}
         for number, score in enumerate(scores)
     ]
 
@@ -128,10 +138,10 @@ def test_a_tokenizer_of_another_checkpoint_is_named(stored, tmp_path):
 
 
 def test_a_difference_within_the_noise_is_refused():
-    champion, candidate = [0.0, 1.0] * 20, [0.0, 1.0] * 19 + [1.0, 1.0]
+    champion, candidate = [0.0, 1.0] * 20, [1.0, 1.0] * 4 + [0.0, 0.0] * 3 + [0.0, 1.0] * 13
     check = check_better(answers(candidate), answers(champion), 3, SAME)
-    assert refused(check, "better", "+2.50 points on champion 3, 95 % interval -2.73")
-    assert "40 questions about 20 pictures: not beyond the noise" in check.measured
+    assert refused(check, "better", "+2.50 points on champion 3, 95 % interval -")
+    assert "p = 0.72 (by exchange 1), 40 questions about 20 pictures, 7 differ: not beyond" in check.measured
 
 
 def test_a_difference_beyond_the_noise_passes():
@@ -153,7 +163,55 @@ def test_equal_answers_are_not_better():
 
 def test_many_questions_about_one_picture_prove_nothing():
     many = [row | {"cluster": "one"} for row in answers([1.0] * 50)]
-    assert refused(check_better(many, answers([0.0] * 50), 3, SAME), "better", "about one picture")
+    worse = [row | {"score": 0.0} for row in many]
+    assert refused(check_better(many, worse, 3, SAME), "better", "50 questions, of each task about one picture")
+
+
+@pytest.mark.parametrize(
+    ("right", "found"),
+    [
+        ([0.0], "+0.00 points on champion 3, by 0 of 50 pictures: fewer than 6"),
+        ([0.0] * 4, "+50.00 points on champion 3, by 2 of 52 pictures: fewer than 6"),
+    ],
+)
+def test_a_few_questions_of_a_rare_task_prove_nothing(right, found):
+    common = answers([1.0] * 100)
+    ours, theirs = answers([1.0 for _ in right], "rare"), answers(right, "rare")
+    check = check_better(common + ours, common + theirs, 3, SAME)
+    assert refused(check, "better", found)
+    assert check.advice.startswith("Add pictures to the test")
+
+
+def test_two_pictures_with_much_weight_do_not_pass_for_many():
+    champion, candidate = [0.0, 1.0] * 50, [1.0, 1.0] * 4 + [0.0, 0.0] * 4 + [0.0, 1.0] * 42
+    ours, theirs = answers([1.0] * 4, "rare"), answers([0.0] * 4, "rare")
+    check = check_better(answers(candidate) + ours, answers(champion) + theirs, 3, SAME)
+    assert refused(check, "better", "+50.00 points on champion 3, 95 % interval +4")
+    assert "not beyond the noise" in check.measured
+
+
+def test_a_task_about_one_picture_neither_helps_nor_hinders_and_is_named():
+    candidate, rare = answers([1.0, 1.0, 1.0, 0.0] * 10), answers([0.0], "rare")
+    check = check_better(candidate + rare, answers([0.0] * 40) + answers([1.0], "rare"), 3, SAME)
+    assert check.passed
+    assert check.measured.startswith("+75.00 points")
+    assert check.measured.endswith("left out, as about one picture: rare")
+
+
+def test_exchanging_few_pictures_is_the_sign_test():
+    """n equal totals: 2 / 2^n; the error of 10,000 draws is below 0.0025."""
+    for count in (1, 2, 5, 6):
+        assert exchange_p_value([0.1] * count + [0.0] * 9) == pytest.approx(2 / 2**count, abs=0.008)
+    assert exchange_p_value([0.5, 0.01, 0.01, -0.01]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_questions_of_equal_id_are_compared_one_by_one():
+    """40 questions about 20 pictures, which all have the id 0."""
+    rows = answers([1.0, 1.0, 1.0, 0.0] * 10)
+    same = [row | {"question_id": "0", "question": f"Which {number % 2}?"} for number, row in enumerate(rows)]
+    check = check_better(same, [row | {"score": 0.0} for row in same], 3, SAME)
+    assert "+75.00 points" in check.measured
+    assert "40 questions about 20 pictures" in check.measured
 
 
 def test_the_rows_compared_are_found_by_question_not_by_place():
@@ -167,10 +225,17 @@ def test_other_questions_are_not_compared():
 
 
 def test_captions_count_only_where_they_are_all_there_is_and_need_one_tokenizer():
-    captions, colours = answers([1.0] * 6, "caption"), answers([0.0, 1.0] * 3)
-    worse = answers([0.0] * 6, "caption")
+    captions, colours = answers([1.0] * 16, "caption", "caption_tokens"), answers([0.0, 1.0] * 8)
+    worse = answers([0.0] * 16, "caption", "caption_tokens")
     assert refused(check_better(captions + colours, worse + colours, 3, SAME), "better", "+0.00 points")
     assert check_better(captions, worse, 3, SAME).passed
     assert refused(
         check_better(captions, worse, 3, ("a" * 64, "b" * 64)), "better", "its tokenizer aaaaaaaaaaaa is not"
     )
+
+
+def test_a_benchmark_of_captions_is_no_task_of_the_comparison():
+    coco, colours = answers([0.9] * 16, "coco", "captions"), answers([0.0, 1.0] * 8)
+    worse = answers([0.1] * 16, "coco", "captions")
+    assert refused(check_better(coco + colours, worse + colours, 3, SAME), "better", "+0.00 points")
+    assert check_better(coco, worse, 3, ("a" * 64, "b" * 64)).passed, "likeness of words needs no equal tokenizer"

@@ -1,5 +1,7 @@
 """From evaluation results to metrics and the model card."""
 
+from mlflow.utils.validation import _validate_metric_name
+
 from minivlm.config import Config
 from minivlm.tracking.card import gate_section, model_card, result_metrics
 
@@ -37,6 +39,19 @@ def test_captions_alone_are_judged_by_their_tokens():
     metrics = result_metrics(results)
     assert (metrics["eval/macro/accuracy"], metrics["eval/caption/CIDEr"]) == (0.95, 1.5)
     assert "| caption (tokens) | 6 | 95.0 [90.0, 100.0] | - |" in model_card(Config(), [results])
+
+
+def test_names_of_categories_become_names_that_mlflow_takes():
+    names = {'group/biology & chemistry (a), "b"': 0.1, 'group/biology + chemistry (a), "b"': 0.2, "group/..": 0.3}
+    task = figures(0.9) | {"metrics": names | {"group/" + "x" * 300: 0.4, "group/图表": 0.5}}
+    metrics = result_metrics(RESULTS | {"tasks": {"mmstar": task, "macro": figures(0.6)}})
+    for name in metrics:
+        _validate_metric_name(name)
+        assert len(name) <= 250
+    assert metrics["eval/mmstar/group/biology _ chemistry _a__ _b_"] == 0.1
+    assert metrics["eval/mmstar/group/biology _ chemistry _a__ _b__2"] == 0.2
+    assert (metrics["eval/mmstar/group/_"], metrics["eval/mmstar/group/图表"]) == (0.3, 0.5)
+    assert (metrics["eval/macro/accuracy"], metrics["eval/macro/accuracy_2"]) == (0.85, 0.6), "a task called macro"
 
 
 def test_the_card_shows_every_stage_with_interval_and_shuffled_score():

@@ -27,6 +27,8 @@ from tests.tiny_export import build_export
 WEAK, STRONG = [0.0, 1.0] * 10, [1.0] * 20
 """Scores of ten pictures with two questions each."""
 
+FIELDS = {"source": "", "scorer": "short_answer", "question": "Which?"}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Run, Path]:
@@ -52,7 +54,7 @@ class Desk:
         evaluation = self.folder / f"{name}-evaluation"
         evaluation.mkdir()
         rows = [
-            {"task": "colour", "question_id": f"q{i}", "source": "", "cluster": str(i // 2), "score": score}
+            {"task": "colour", "question_id": f"q{i}", "cluster": str(i // 2), "score": score} | FIELDS
             for i, score in enumerate(scores)
         ]
         (evaluation / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,7 +85,7 @@ def desk(home: tuple[Config, Run, Path], request: pytest.FixtureRequest, tmp_pat
 
 def test_a_candidate_within_the_noise_waits_and_one_beyond_it_takes_over(desk):
     desk.submit(desk.candidate("first", WEAK))
-    result = desk.submit(desk.candidate("second", [1.0, *WEAK[1:]]))
+    result = desk.submit(desk.candidate("second", [1.0, 1.0] * 4 + [0.0, 0.0] * 3 + WEAK[14:]))
     assert (result.promoted, result.champion, desk.alias("challenger")) == (False, 1, 2)
     assert result.reason.startswith(
         "version 2 is refused by gate `better`: +5.00 points on champion 1, 95 % interval -"
@@ -109,6 +111,30 @@ def test_a_file_spoilt_in_the_store_is_refused_and_stored_anew_by_the_same_comma
     assert "refused by gate `complete`: model.safetensors is damaged" in result.reason
     assert desk.alias("champion") is None
     assert desk.submit(candidate).promoted
+
+
+def test_a_damaged_champion_is_stored_anew_by_the_same_command(desk):
+    candidate = desk.candidate("whole", WEAK)
+    desk.submit(candidate)
+    path = desk.stored(1, "model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert "already" in desk.submit(candidate).reason
+    assert export_files(resolve_champion(desk.config).path) == export_files(candidate.export_dir)
+    (path.parent / "more.bin").write_text("x")
+    result = desk.submit(candidate)
+    assert not result.promoted
+    assert "more.bin is not in its manifest.json. Else move @champion" in result.reason
+
+
+def test_a_champion_that_is_gone_refuses_the_next_one_with_what_to_type(desk):
+    desk.submit(desk.candidate("lost", WEAK))
+    folder = desk.stored(1, "model.safetensors").parent
+    folder.rename(folder.with_name("gone"))
+    result = desk.submit(desk.candidate("next", STRONG))
+    assert (result.promoted, result.champion, desk.alias("challenger")) == (False, 1, 2)
+    assert "refused by gate `better`: champion 1 cannot be compared with: MLflow at" in result.reason
+    assert "python -m jobs.register with the settings that made it" in result.reason
+    assert "delete that alias to let the next one serve" in result.reason
 
 
 def test_of_two_registrations_at_once_the_better_one_serves_in_the_end(desk):

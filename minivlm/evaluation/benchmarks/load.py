@@ -67,7 +67,7 @@ def load_benchmarks(
 
     Raises:
         DataError: a file is missing or broken as a whole, a name is taken, nothing can be asked, or a larger share of
-            rows is bad than data.max_bad_fraction allows.
+            rows is bad than evaluation.max_bad_fraction allows.
     """
     questions: list[Question] = []
     account: BenchmarkAccount = {}
@@ -255,13 +255,13 @@ def _check(config: Config, benchmark: BenchmarkConfig, loaded: Loaded) -> None:
     count, first = len(loaded.bad), loaded.bad[0]
     said = f"{benchmark.task}: {count} of {loaded.rows} rows cannot be asked. First: {first.file}, row {first.row}: "
     said += f"{first.reason}. All of them: {file}"
-    limit = config.data.max_bad_fraction
+    limit = config.evaluation.max_bad_fraction
     if not loaded.questions:
         raise DataError(f"{said}. None is left. Correct the file, or `images` of that benchmark")
     if loaded.bad_share > limit:
         raise DataError(
-            f"{said}. That is more than data.max_bad_fraction={limit:g} allows. Correct the file, or accept the loss "
-            f"by data.max_bad_fraction={min(1.0, loaded.bad_share + 0.005):.2f}"
+            f"{said}. That is more than evaluation.max_bad_fraction={limit:g} allows. Correct the file, or "
+            f"accept the loss by evaluation.max_bad_fraction={min(1.0, loaded.bad_share + 0.005):.2f}"
         )
     _log.warning("%s", said)
 
