@@ -116,7 +116,7 @@ def summarize(rows: Sequence[ScoredRow], skipped: Mapping[str, Mapping[str, Mapp
     Intervals are 95 %, clustered by pictures; `error` is the clustered standard error, `minimum_difference` what a
     second run with independent mistakes would have to differ by to be told apart (80 % power, 5 % level). A figure of
     nothing is None. `variants` has each variant's macro mean over the tasks that it was asked of, how many questions
-    that were, and what it left out.
+    that were, and what it left out. `macro_questions` counts those behind the macro mean.
 
     Args:
         skipped: variant -> task -> reason -> questions that it was not asked of.
@@ -142,6 +142,7 @@ def summarize(rows: Sequence[ScoredRow], skipped: Mapping[str, Mapping[str, Mapp
         "macro": macro,
         "macro_low": low,
         "macro_high": high,
+        "macro_questions": sum(len(group) for group in answered.values()),
         "shuffled_macro": _variant_macro(answered, "shuffled"),
         "variants": variants,
         "tasks": {task: _figures(group, "accuracy") for task, group in sorted(by_task.items())},

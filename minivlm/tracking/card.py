@@ -181,7 +181,7 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
             _figure(r["macro"], r["macro_low"], r["macro_high"]) + f" | {_percent(r['shuffled_macro'])}"
             for r in results
         )
-        rows.append(f"| **macro** (without caption) | {results[-1]['num_questions']} | {macro} |")
+        rows.append(f"| **macro** (without caption) | {results[-1]['macro_questions']} | {macro} |")
     return "\n".join(rows)
 
 

@@ -24,7 +24,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
         lines.append(_line("caption", caption["n"], cells))
     if results[-1]["macro"] is not None:
         cells = [(result["macro"], result["shuffled_macro"]) for result in results]
-        lines.append(_line("macro", results[-1]["num_questions"], cells))
+        lines.append(_line("macro", results[-1]["macro_questions"], cells))
     return "\n".join([*lines, *comparison_lines(results)])
 
 

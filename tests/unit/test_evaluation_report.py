@@ -14,6 +14,7 @@ from minivlm.evaluation.report import choose_samples, write_report
 from minivlm.evaluation.results import read_results, read_rows
 from minivlm.evaluation.summary import summarize
 from minivlm.storage import write_bytes
+from minivlm.workflow.tables import results_table
 from tests.evaluations import save_evaluation, scored
 
 HOSTILE = "<script>alert('x')</script><img src=http://evil.example/a.png>\"'}}{{7*7}}"
@@ -182,3 +183,13 @@ def test_metrics_skip_torn_and_non_finite_lines(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/loss": NaN}\n[1]\n{"step": 3, "tr')
     assert read_metrics(path) == {"train/loss": [(1.0, 2.0)]}
     assert read_metrics(tmp_path / "none.jsonl") == {}
+
+
+def test_the_macro_line_counts_the_questions_behind_it(tmp_path, picture):
+    """Two captions and three questions: five in all, three in the mean."""
+    rows = [scored(n, "caption", "a b", "a b", picture) for n in range(2)]
+    rows += [scored(n, "colour", "red", "red", picture) for n in range(2, 5)]
+    results = read_results(save_evaluation(tmp_path / "sft", "sft", rows)) | {"comparisons": {}}
+    table = results_table([results])
+    [macro] = [line.split() for line in table.splitlines() if line.startswith("macro")]
+    assert macro[:3] == ["macro", "3", "100.0"]

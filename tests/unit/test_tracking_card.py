@@ -19,7 +19,8 @@ def figures(accuracy: float) -> dict:
 
 
 RESULTS = {
-    "name": "mpo", "stage": "mpo", "questions": "q1", "num_questions": 200,
+    "name": "mpo", "stage": "mpo", "questions": "q1", "num_questions": 206,
+    "macro_questions": 200,
     "macro": 0.85, "macro_low": 0.8, "macro_high": 0.9, "shuffled_macro": 0.25,
     "variants": {"shuffled": {"macro": 0.25, "n": 200, "skipped": {}}},
     "tasks": {"colour": figures(0.9), "count": figures(0.8)}, "caption": None,
@@ -63,6 +64,7 @@ def test_the_card_shows_every_stage_with_interval_and_shuffled_score():
     }
     card = model_card(Config(), [first, RESULTS])
     assert "| task | questions | sft | shuffled | mpo | shuffled |" in card
+    assert "| **macro** (without caption) | 200 | 55.0" in card
     assert "| colour | 100 | 60.0 [55.0, 65.0] | 25.0 | 90.0 [85.0, 95.0] | 25.0 |" in card
     assert "LlavaForConditionalGeneration.from_pretrained" in card
 
