@@ -31,14 +31,14 @@ def extract_answer(text: str) -> str | None:
     Returns:
         The answer without surrounding blanks and emphasis marks; None if there is no marker or nothing after it.
     """
-    matches = list(MARKER.finditer(text))
-    if not matches:
-        return None
-    for line in text[matches[-1].end() :].splitlines():
-        answer = line.strip(" \t*`")
-        if answer:
-            return answer
-    return None
+    return text_after_last(MARKER, text, blanks=" \t*`")
+
+
+def text_after_last(marker: re.Pattern[str], text: str, *, blanks: str) -> str | None:
+    """The first line behind the last `marker` that is more than `blanks`, without them; None if there is none."""
+    matches = list(marker.finditer(text))
+    lines = text[matches[-1].end() :].splitlines() if matches else []
+    return next((answer for line in lines if (answer := line.strip(blanks))), None)
 
 
 def normalize(text: str) -> str:

@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from minivlm.scoring.answers import is_correct, normalize
+from minivlm.scoring.answers import is_correct, normalize, text_after_last
 
 LETTERS = string.ascii_uppercase
 MAX_CHARS = 20_000
@@ -48,14 +48,7 @@ def final_answer(text: str) -> str | None:
         inside = _balanced(text, start + len(_BOXED))
         if inside is not None and inside.strip():
             return inside.strip()
-    markers = list(_MARKER.finditer(text))
-    if not markers:
-        return None
-    for line in text[markers[-1].end() :].splitlines():
-        answer = line.strip(" \t*`:：")
-        if answer:
-            return answer
-    return None
+    return text_after_last(_MARKER, text, blanks=" \t*`:：")
 
 
 def choice_letter(text: str, choices: Sequence[str]) -> str | None:
