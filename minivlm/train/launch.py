@@ -47,6 +47,9 @@ from minivlm.train.placement import check_placement
 from minivlm.train.stages import STAGES, TrainingError
 
 RESULT_FILE = "result.json"
+KEEP_FREED_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""glibc by default gives a step's freed tensors back to the kernel, which clears their pages anew in the next step."""
+
 RAY_RECORDS = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 REPORT_INTERVAL_S = "0.2"
 """How often the controller collects reports; a report blocks training until it is collected."""
@@ -254,7 +257,7 @@ def torch_trainer(
 def worker_environment(config: Config) -> dict[str, str]:
     """Environment of a training worker; set before it imports anything."""
     environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
-    return environment if config.train.use_gpu else {**environment, "DS_ACCELERATOR": "cpu"}
+    return environment if config.train.use_gpu else {**environment, "DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY}
 
 
 def _explain(job: StageJob, error: TrainingFailedError) -> str:
