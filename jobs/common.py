@@ -11,17 +11,15 @@ from typing import Any
 
 import typer
 
-from minivlm.model.checkpoint import CheckpointError
-from minivlm.serve.app import ServeError
-from minivlm.train.stages import TrainingError
+from minivlm.errors import JobError
 from minivlm.workflow.cluster import disconnect
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.yaml"
 CONFIG = typer.Option(TINY, "--config", help="YAML settings; configs/tiny.yaml is the embedded default.")
 OVERRIDES = typer.Argument(None, metavar="[KEY.PATH=VALUE]...", help="Settings that replace those of the file.")
-USER_ERRORS = (ValueError, TrainingError, CheckpointError, ServeError, OSError)
-"""Their message says all: what is wrong and what to type. ConfigError and DataError are ValueErrors; an OSError names
-the file and the reason (no space, no permission)."""
+USER_ERRORS = (ValueError, JobError, OSError)
+"""Their message says all: what is wrong and what to type. ConfigError, DataError and CheckpointError are ValueErrors;
+an OSError names the file and the reason (no space, no permission)."""
 
 DRY_RUN = typer.Option(False, "--dry-run", help="Print the resolved settings, sizes and placement; run nothing.")
 

@@ -20,6 +20,7 @@ from ray.serve.config import HTTPOptions
 
 from minivlm.config import Config, ConfigError
 from minivlm.data.images import ImageLimits
+from minivlm.errors import JobError
 from minivlm.serve.api import build_api
 from minivlm.serve.chat import Served
 from minivlm.serve.engine import Engine
@@ -33,7 +34,7 @@ READY_TIMEOUT_S = 120.0
 POLL_EVERY_S = 0.2
 
 
-class ServeError(RuntimeError):
+class ServeError(JobError):
     """The endpoint did not start; the message says why and what to type."""
 
 

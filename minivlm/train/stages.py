@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minivlm.errors import JobError
 from minivlm.model.vlm import TokenLogps, sequence_logps
 from minivlm.train.losses import (
     MPOWeights,
@@ -28,7 +29,7 @@ from minivlm.train.losses import (
 Batch = dict[str, Tensor]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(JobError):
     """Training cannot go on; the message says why and what to type."""
 
 

@@ -20,7 +20,7 @@ LAYERS = (  # top to bottom; names on one line do not import each other
     {"inference"},
     {"data"},
     {"model", "scoring", "tracking"},
-    {"config", "schema", "storage", "layout", "log"},
+    {"config", "errors", "schema", "storage", "layout", "log"},
 )
 SAME_LINE_ALLOWED = {("layout", "config"), ("layout", "storage")}
 
