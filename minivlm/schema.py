@@ -1,5 +1,6 @@
 """The rows that flow through the system, as plain dataclasses (no Ray, no pydantic)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -13,6 +14,11 @@ class Message:
 
     role: str
     content: str
+
+
+def count_placeholders(messages: Sequence[Message]) -> int:
+    """Pictures that the system and user turns ask for."""
+    return sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role != "assistant")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerFast
 
 from minivlm.data.tokenizer import TURN_END, TURN_START, encode_text, token_id
-from minivlm.schema import IMAGE_PLACEHOLDER, Message
+from minivlm.schema import IMAGE_PLACEHOLDER, Message, count_placeholders
 
 IGNORE = -100
 ROLES = ("system", "user", "assistant")
@@ -75,11 +75,6 @@ def encode_prompt(
         head, body, tail = _encode_turn(tokenizer, message, num_image_tokens)
         input_ids += head + body + tail
     return input_ids + _answer_head(tokenizer)
-
-
-def count_placeholders(messages: Sequence[Message]) -> int:
-    """Pictures that the system and user turns ask for."""
-    return sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages if message.role != "assistant")
 
 
 def turn_content(text: str, num_pictures: int) -> str:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from minivlm.data.batches import payload_block
-from minivlm.data.chat import count_placeholders
 from minivlm.data.clips import Clip, ClipRules, Kept, keep_picture, open_clip, place_frames
 from minivlm.data.duplicates import row_key, text_signature
 from minivlm.data.errors import DataError, RowError
@@ -26,7 +25,7 @@ from minivlm.data.readers import read_part
 from minivlm.data.samples import DrawColumns, pair_columns, sample_columns
 from minivlm.data.sources import decode_row, first_exchange, parse_row, text_field, to_pair, to_sample
 from minivlm.data.video import VideoRules
-from minivlm.schema import BadRow, PreferencePair, Sample
+from minivlm.schema import BadRow, PreferencePair, Sample, count_placeholders
 
 Row = TypeVar("Row", Sample, PreferencePair)
 

@@ -5,6 +5,8 @@ TYPE_CHECKING, and `importlib.import_module("name")`.
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -143,6 +145,14 @@ def test_ray_deepspeed_and_mlflow_stay_in_their_files():
 
 def test_pure_modules_import_nothing_heavy():
     assert list(purity_violations(ROOT)) == []
+
+
+def test_what_data_tasks_import_starts_without_the_slow_libraries():
+    """Each new process of such a task would pay seconds for them."""
+    modules = "minivlm.data.validate, minivlm.data.batches, minivlm.data.draw, minivlm.train.clip_batches"
+    slow = {"torch", "transformers", "pandas", "pydantic", "scipy"}
+    code = f"import sys, {modules}; print(*({slow} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 
 @pytest.mark.parametrize(
