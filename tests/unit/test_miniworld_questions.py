@@ -102,7 +102,7 @@ def test_the_code_is_read():
 def test_every_step_of_a_chain_of_thought_is_true(seed):
     random = Random(seed)
     scene = draw_scene(random, split="train", min_shapes=3, max_shapes=6)
-    question = ask_reasoning(scene, random)
+    question = ask_reasoning(scene, random, naming_fraction=0.5)
     lines = question.response.split("\n")
     found, (tally, *steps, final) = lines[: lines[0].startswith("Find ")], lines[lines[0].startswith("Find ") :]
     counts = [(name, int(n)) for name, n in (re.fullmatch(r"(\w+)(\d)", part).groups() for part in tally.split(", "))]

@@ -23,6 +23,7 @@ SMALL = {
     "max_objects": 4,
     "reasoning_max_objects": 6,
     "direct_reasoning_fraction": 0.5,
+    "naming_fraction": 0.5,
     "chinese_fraction": 0.12,
 }
 
@@ -63,6 +64,15 @@ def test_the_expected_rows_are_about_those_written(world):
     assert expected["pretrain"] == written["pretrain"]
     assert expected["prompts"] == written["prompts"]
     assert abs(expected["sft"] - written["sft"]) <= 0.1 * written["sft"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_the_share_of_chains_that_name_every_shape_changes_no_question(world, tmp_path, fraction):
+    build_miniworld(tmp_path, **SMALL | {"naming_fraction": fraction})
+    chains = [r for r in read(tmp_path, "sft") if r["task"] == "reasoning" and "\n" in r["conversations"][1]["value"]]
+    assert all(row["conversations"][1]["value"].startswith("Find ") == bool(fraction) for row in chains)
+    asked = [[(r["id"], r["conversations"][0], r.get("answer")) for r in read(f, "sft")] for f in (world, tmp_path)]
+    assert asked[0] == asked[1]
 
 
 def test_some_reasoning_questions_are_asked_directly_too_and_nothing_else_changes(world, tmp_path):

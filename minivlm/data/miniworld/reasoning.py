@@ -10,15 +10,14 @@ DIRECT_PROMPT = "Answer the question using a single word or phrase."
 """As LLaVA asks for short answers (arXiv:2310.03744)."""
 
 MAX_POINTS = 7
-FIND_SHARE = 0.5
-"""Share of answers that name every shape before they count."""
 
 
-def ask_reasoning(scene: Scene, random: Random) -> Question:
+def ask_reasoning(scene: Scene, random: Random, *, naming_fraction: float) -> Question:
     """The points that the shapes of three colours give together, or how many more there are of one than another.
 
-    The chain of thought counts, then calculates; half of them name every shape in reading order first. Neither way is
-    marked as the better one: which leads to more right answers is for the preference stage to find.
+    The chain of thought counts, then calculates; a share `naming_fraction` of them names every shape in reading order
+    first. Neither way is marked as the better one: which leads to more right answers is for the preference stage to
+    find.
     """
     asks_points = random.random() < 0.5
     names = _draw_colours(scene, random, 3 if asks_points else 2)
@@ -40,7 +39,7 @@ def ask_reasoning(scene: Scene, random: Random) -> Question:
         total = counts[0] - counts[1]
         steps = [f"{counts[0]}-{counts[1]}={total}"]
     lines = [", ".join(f"{name}{n}" for name, n in zip(names, counts, strict=True)), *steps]
-    if random.random() < FIND_SHARE:
+    if random.random() < naming_fraction:
         shapes = ", ".join(f"{s.colour} {s.shape}" for s in scene.shapes)
         lines.insert(0, f"Find {' and '.join(names)}: {shapes}")
     response = "\n".join([*lines, f"Final answer: {total}"])

@@ -60,6 +60,7 @@ class _Recipe:
     max_objects: int
     reasoning_max_objects: int
     direct_reasoning_fraction: float
+    naming_fraction: float
     chinese_fraction: float
 
 
@@ -79,6 +80,7 @@ def build_miniworld(
     max_objects: int,
     reasoning_max_objects: int,
     direct_reasoning_fraction: float,
+    naming_fraction: float,
     chinese_fraction: float,
 ) -> dict[str, int]:
     """Write `images/*.png`, `pretrain.json` (captions), `sft.json` (questions) and `prompts.json` into `out_dir`.
@@ -95,7 +97,13 @@ def build_miniworld(
     """
     _check(image_size_px, max_objects, reasoning_max_objects, questions_per_scene)
     recipe = _Recipe(
-        seed, image_size_px, max_objects, reasoning_max_objects, direct_reasoning_fraction, chinese_fraction
+        seed,
+        image_size_px,
+        max_objects,
+        reasoning_max_objects,
+        direct_reasoning_fraction,
+        naming_fraction,
+        chinese_fraction,
     )
     plan = [
         *_plan_split("train", train_scenes, change_scenes, reasoning_scenes, questions_per_scene, seed),
@@ -208,12 +216,12 @@ def _questions(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[
 
 def _reasoning(random: Random, planned: Planned, recipe: _Recipe) -> tuple[list[Scene], list[Conversation]]:
     scene = draw_scene(random, split=planned.split, min_shapes=3, max_shapes=recipe.reasoning_max_objects)
-    questions = [ask_reasoning(scene, random)]
+    questions = [ask_reasoning(scene, random, naming_fraction=recipe.naming_fraction)]
     if planned.kind == "prompt":
         questions = [Question("reasoning", q.text, q.answer, q.answer) for q in questions]
         return [scene], [("prompts", [0], questions)]
     if planned.split == "train":
-        questions.append(ask_reasoning(scene, random))
+        questions.append(ask_reasoning(scene, random, naming_fraction=recipe.naming_fraction))
         if random.random() < recipe.direct_reasoning_fraction:
             questions.append(ask_directly(questions[-1]))
     return [scene], [("sft", [0], [question]) for question in questions]
