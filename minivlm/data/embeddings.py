@@ -12,6 +12,7 @@ import ray
 
 from minivlm.data.embedder import Embedder, EmbeddingCache
 from minivlm.data.scorer import Scoring
+from minivlm.data.stream import from_tables
 from minivlm.log import Progress
 
 
@@ -57,7 +58,7 @@ def embed(images: Mapping[str, str], texts: Mapping[str, str], scoring: Scoring,
 
 def _run(blocks: list[list[dict[str, str]]], total: int, scoring: Scoring, fingerprint: str) -> dict[str, str]:
     """Why pictures could not be embedded, by key."""
-    dataset = ray.data.from_arrow([pa.Table.from_pylist(block) for block in blocks]).map_batches(
+    dataset = from_tables([pa.Table.from_pylist(block) for block in blocks]).map_batches(
         Embedder,
         fn_constructor_args=(scoring, fingerprint),
         batch_size=None,

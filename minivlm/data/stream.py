@@ -46,6 +46,15 @@ class Pause(ExecutionCallback):
         time.sleep(SCHEDULER_PAUSE_S)
 
 
+def from_tables(tables: list[pa.Table]) -> Dataset:
+    """The tables as a dataset, one block each.
+
+    Not `ray.data.from_arrow`: for their schemas that has a task of a whole CPU look at each table (Ray 2.60), and the
+    first one waits for a process to start.
+    """
+    return ray.data.from_blocks(tables)
+
+
 def feed_trainers(dataset: Dataset) -> Dataset:
     """Settings of a dataset whose blocks go to training workers one after another, as they are."""
     dataset.context.target_max_block_size = UNSPLIT_BYTES
@@ -83,7 +92,7 @@ def micro_batch_dataset(
     make = partial(make_batches, str(table_dir), str(features_dir), image_token_id, pad_token_id, wait_s)
     tables = [payload_block(block) for block in blocks]
     if encoding is None:
-        source = ray.data.from_arrow(tables)
+        source = from_tables(tables)
     else:
         size = encoding.tower.batch_size
         encoded = committed_digests(features_dir)
@@ -97,7 +106,7 @@ def encode_blocks(tables: list[pa.Table], uses: list[list[str]], encoding: Encod
     columns = [pa.array([digests], pa.list_(pa.string())) for digests in uses]
     tables = [table.append_column(ENCODE_COLUMN, column) for table, column in zip(tables, columns, strict=True)]
     encoders = encoding.encoders
-    return ray.data.from_arrow(tables).map_batches(
+    return from_tables(tables).map_batches(
         BlockEncoder,
         fn_constructor_args=(encoding,),
         batch_size=None,
@@ -115,9 +124,7 @@ def map_tasks(
     concurrency: int | None,
 ) -> Dataset:
     """One Ray task per payload, results in their order. The changed settings stay with this dataset."""
-    return run_tasks(
-        ray.data.from_arrow([payload_block(payload) for payload in payloads]), function, num_cpus, concurrency
-    )
+    return run_tasks(from_tables([payload_block(payload) for payload in payloads]), function, num_cpus, concurrency)
 
 
 def run_tasks(

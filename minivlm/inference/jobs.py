@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray.data
 from ray.data import ActorPoolStrategy, Dataset
 
 from minivlm.config.run import EvaluationConfig
 from minivlm.data.plan import plan_epoch
+from minivlm.data.stream import from_tables
 from minivlm.data.tokens import TokenTable
 from minivlm.inference.actors import Decoding, Generator, LogProbs
 from minivlm.schema import Message
@@ -141,7 +141,7 @@ def _map_actors(
 ) -> Dataset:
     """Blocks through a pool of actors, each as it is. A CPU actor must not look for a GPU."""
     device = "cuda" if pool.gpus_per_actor > 0 else "cpu"
-    dataset = ray.data.from_arrow(list(blocks)).map_batches(
+    dataset = from_tables(list(blocks)).map_batches(
         actor,
         fn_constructor_kwargs={**arguments, "device": device, "num_threads": pool.threads_per_actor},
         batch_size=None,

@@ -21,6 +21,7 @@ from minivlm.data.images import ImageLimits, read_image
 from minivlm.data.pipeline import prepare_samples, prepare_tokenizer
 from minivlm.data.samples import load_samples
 from minivlm.data.settings import image_limits
+from minivlm.data.stream import from_tables
 from minivlm.log import get_logger
 from minivlm.model.clip import clip_image_processor
 from minivlm.model.tokenizer import END_OF_TEXT, TURN_START, encode_text, load_tokenizer, token_id
@@ -143,7 +144,7 @@ def _write_pixels(config: Config, paths: list[str], work: Path) -> None:
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     with ray.data.DataContext.current(context):
-        dataset = ray.data.from_arrow(blocks).map_batches(
+        dataset = from_tables(blocks).map_batches(
             partial(preprocess_uint8, image_size=config.clip.image_size_px, limits=image_limits(config)),
             batch_size=None,
             batch_format="pyarrow",
