@@ -57,6 +57,11 @@ class PreferencesConfig(Frozen):
     dropout_ntp_filter: bool = False
     """Keep only pairs whose chosen answer is the likelier one with the picture, by the model that wrote both."""
 
+    cut_rejected: bool = False
+    """Of a wrong answer that is paired with a right one, count only what comes up to the end of the line in which the
+    two part: the later steps follow from the wrong one and are right in themselves, so DPO would unlearn them. For
+    chains of thought in fixed steps, one per line; MMPR counts all."""
+
     min_pairs: PositiveInt = 8
     """Fewer pairs than this fail the job: MPO would learn nothing."""
 

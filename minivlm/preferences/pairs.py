@@ -17,6 +17,9 @@ from minivlm.scoring.prompts import Style, parse_response
 from minivlm.scoring.verifiers import fix_answer, option_letter, verify
 
 Verdict = Literal["right", "wrong", "malformed"]
+CORRECTNESS_KIND = "correctness"
+"""`kind` of pairs of a right and a wrong answer."""
+
 FORMAT_PART = 5
 """At most one of so many pairs of questions with a known answer is a format pair."""
 
@@ -162,7 +165,7 @@ def choose_pairs(
         elif len(result.pairs) >= max_pairs:
             result.drops["over_question_cap"] += 1
         else:
-            result.pairs.append(Choice(chosen, rejected, "correctness"))
+            result.pairs.append(Choice(chosen, rejected, CORRECTNESS_KIND))
     malformed = [text for text in groups["malformed"] if text]
     result.drops["empty_answer"] += len(groups["malformed"]) - len(malformed)
     room = min(max_pairs - len(result.pairs), max_format_pairs)

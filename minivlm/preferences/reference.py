@@ -24,7 +24,7 @@ from minivlm.data.chat import encode_chat
 from minivlm.data.errors import DataError
 from minivlm.data.pipeline import prepare_features
 from minivlm.data.settings import num_image_tokens
-from minivlm.data.tokens import EncodedSample, TokenTable
+from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
 from minivlm.inference.exports import StageExport, check_reference, policy_export
 from minivlm.inference.jobs import score_table
 from minivlm.layout import pairs_dir, tower_path
@@ -34,6 +34,7 @@ from minivlm.model.tokenizer import load_tokenizer
 from minivlm.preferences.card import CARD_FILE, pairs_card
 from minivlm.preferences.dropout_ntp import KIND as BLIND_KIND
 from minivlm.preferences.files import read_pairs, write_mmpr, write_pairs
+from minivlm.preferences.pairs import CORRECTNESS_KIND
 from minivlm.schema import Message, PreferencePair
 from minivlm.storage import write_bytes, write_json
 
@@ -74,7 +75,11 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
     pairs = read_pairs(folder / "pairs.parquet")
     tokenizer = load_tokenizer(export.export_dir)
     encoded, kept, dropped = encode_pairs(
-        pairs, tokenizer, num_image_tokens(config), max_length=config.model.max_length_tokens
+        pairs,
+        tokenizer,
+        num_image_tokens(config),
+        max_length=config.model.max_length_tokens,
+        cut_rejected=config.preferences.cut_rejected,
     )
     if not encoded:
         raise ConfigError(f"None of {len(pairs)} pairs can be used ({dict(dropped)}): add model.max_length_tokens=1024")
@@ -175,9 +180,18 @@ def check_tower(config: Config, export: StageExport, fingerprint: str) -> None:
 
 
 def encode_pairs(
-    pairs: Sequence[PreferencePair], tokenizer: PreTrainedTokenizerFast, num_image_tokens: int, *, max_length: int
+    pairs: Sequence[PreferencePair],
+    tokenizer: PreTrainedTokenizerFast,
+    num_image_tokens: int,
+    *,
+    max_length: int,
+    cut_rejected: bool,
 ) -> tuple[list[EncodedSample], list[int], Counter[str]]:
     """Token ids of chosen and rejected of each pair, one after the other; the question is not learned.
+
+    Args:
+        max_length: longest chosen or rejected sequence, before any cut.
+        cut_rejected: wrong answers of "correctness" pairs end where `cut_at_first_difference` says.
 
     Returns:
         Two entries per usable pair, named PAIR_ID/chosen and PAIR_ID/rejected; the positions of these pairs; and why
@@ -199,10 +213,30 @@ def encode_pairs(
             continue
         if max(len(entry.input_ids) for entry in both) > max_length:
             dropped["longer than model.max_length_tokens"] += 1
-        else:
-            encoded += both
-            kept.append(position)
+            continue
+        if cut_rejected and pair.kind == CORRECTNESS_KIND:
+            both[1] = cut_at_first_difference(both[0], both[1], tokenizer)
+        encoded += both
+        kept.append(position)
     return encoded, kept, dropped
+
+
+def cut_at_first_difference(
+    chosen: EncodedSample, rejected: EncodedSample, tokenizer: PreTrainedTokenizerFast
+) -> EncodedSample:
+    """The rejected conversation up to the end of the answer's first line that differs from the chosen one.
+
+    Without the end of turn, which was not wrong either; whole where that line is the last one.
+    """
+    ours, theirs = (entry.labels[entry.labels != IGNORE] for entry in (chosen, rejected))
+    size = min(len(ours), len(theirs))
+    first = int(np.append(np.flatnonzero(ours[:size] != theirs[:size]), size)[0])
+    places = np.flatnonzero(rejected.labels != IGNORE)
+    for place in places[first:]:
+        if "\n" in tokenizer.decode([int(rejected.input_ids[place])]):
+            end = int(place) + 1
+            return replace(rejected, input_ids=rejected.input_ids[:end], labels=rejected.labels[:end])
+    return rejected
 
 
 def _with_columns(

@@ -132,9 +132,38 @@ def test_mmpr_rows_are_relative_to_their_root_and_apart_by_kind(tmp_path: Path) 
 def test_pairs_are_encoded_side_by_side_and_long_ones_counted(tmp_path: Path) -> None:
     tokenizer = train_tokenizer([ASK, pair(0).chosen, pair(0).rejected], 300, tmp_path / "tokenizer")
     pairs = [pair(0), pair(1, chosen="1 + " * 500 + "\nFinal answer: 3"), pair(2)]
-    encoded, kept, dropped = encode_pairs(pairs, tokenizer, 5, max_length=200)
+    encoded, kept, dropped = encode_pairs(pairs, tokenizer, 5, max_length=200, cut_rejected=False)
     assert [entry.sample_id for entry in encoded] == ["p0/chosen", "p0/rejected", "p2/chosen", "p2/rejected"]
     assert kept == [0, 2]
     assert dropped.total() == 1
     learned = [int(i) for i in encoded[1].labels if i != -100]
     assert tokenizer.decode(learned) == "1\nFinal answer: 1<|im_end|>"
+
+
+def cut_pair(tmp_path: Path, chosen: str, rejected: str, kind: str = "correctness") -> tuple[str, str]:
+    """What is learned of both answers once the rejected one is cut."""
+    tokenizer = train_tokenizer([ASK, "red2, blue1", "\n2x3=6"], 300, tmp_path / "tokenizer")
+    one = replace(pair(0), chosen=chosen, rejected=rejected, kind=kind)
+    encoded, _, _ = encode_pairs([one], tokenizer, 5, max_length=500, cut_rejected=True)
+    assert all(entry.labels[0] == -100 and len(entry.labels) == len(entry.input_ids) for entry in encoded)
+    ours, theirs = (tokenizer.decode([int(i) for i in entry.labels if i != -100]) for entry in encoded)
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "counted"),
+    [
+        ("red2, blue1\n2-1=1\nFinal answer: 1", "red3, blue1\n3-1=2\nFinal answer: 2", "red3, blue1\n"),
+        ("red2, blue1\n2-1=1\nFinal answer: 1", "red2, blue1\n2-1=2\nFinal answer: 2", "red2, blue1\n2-1=2\n"),
+        ("a\nb\nFinal answer: 1", "a\nb\nFinal answer: 2", "a\nb\nFinal answer: 2<|im_end|>"),
+        ("a\nFinal answer: 1", "a\nb\nFinal answer: 1", "a\nb\n"),
+        ("red", "blue", "blue<|im_end|>"),
+    ],
+)
+def test_a_wrong_answer_counts_up_to_the_end_of_its_first_wrong_line(tmp_path, chosen, rejected, counted) -> None:
+    assert cut_pair(tmp_path, chosen, rejected) == (f"{chosen}<|im_end|>", counted)
+
+
+def test_answers_of_another_form_are_not_cut(tmp_path: Path) -> None:
+    chosen, rejected = "red2\nFinal answer: 2", "red2\nblue1"
+    assert cut_pair(tmp_path, chosen, rejected, kind="format") == (f"{chosen}<|im_end|>", f"{rejected}<|im_end|>")
