@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+CORRECTNESS_KIND = "correctness"
+"""`kind` of preference pairs of a right and a wrong answer."""
+
 IMAGE_PLACEHOLDER = "<image>"
 VIDEO_PLACEHOLDER = "<video>"
 """Of a row in a data file; a sample has one `<image>` for each of the frames instead."""
@@ -54,7 +57,7 @@ class PreferencePair:
     chosen: str
     rejected: str
     answer: str | None = None
-    kind: str = "correctness"
+    kind: str = CORRECTNESS_KIND
     ref_chosen_logps: float | None = None
     ref_rejected_logps: float | None = None
     reference: str | None = None

@@ -218,7 +218,7 @@ class MiniworldConfig(Frozen):
     answers with and without a chain of thought can be compared."""
 
     naming_fraction: float = Field(0.5, ge=0, le=1)
-    """Share of the chains of thought that name every shape before they count: the longer and less reliable habit."""
+    """Share of the chains of thought that name every shape before they count: the longer habit."""
 
     chinese_fraction: float = Field(0.1, ge=0, le=1)
     """Share of captions and of direct questions about one picture that are Chinese."""

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from minivlm.data.samples import PAIR_SCHEMA
-from minivlm.schema import IMAGE_PLACEHOLDER, PreferencePair, Sample
+from minivlm.schema import CORRECTNESS_KIND, IMAGE_PLACEHOLDER, PreferencePair, Sample
 from minivlm.storage import write_bytes, write_json
 
 MMPR_NAMES = {
-    "correctness": "minivlm_correctness_rules",
+    CORRECTNESS_KIND: "minivlm_correctness_rules",
     "format": "minivlm_format_rules",
     "dropout_ntp": "minivlm_dropout_ntp",
 }

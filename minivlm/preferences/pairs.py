@@ -12,14 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minivlm.schema import CORRECTNESS_KIND
 from minivlm.scoring.answers import MARKER, extract_answer, mentions
 from minivlm.scoring.prompts import Style, parse_response
 from minivlm.scoring.verifiers import fix_answer, option_letter, verify
 
 Verdict = Literal["right", "wrong", "malformed"]
-CORRECTNESS_KIND = "correctness"
-"""`kind` of pairs of a right and a wrong answer."""
-
 FORMAT_PART = 5
 """At most one of so many pairs of questions with a known answer is a format pair."""
 

@@ -34,8 +34,7 @@ from minivlm.model.tokenizer import load_tokenizer
 from minivlm.preferences.card import CARD_FILE, pairs_card
 from minivlm.preferences.dropout_ntp import KIND as BLIND_KIND
 from minivlm.preferences.files import read_pairs, write_mmpr, write_pairs
-from minivlm.preferences.pairs import CORRECTNESS_KIND
-from minivlm.schema import Message, PreferencePair
+from minivlm.schema import CORRECTNESS_KIND, Message, PreferencePair
 from minivlm.storage import write_bytes, write_json
 
 ScoreTable = Callable[[Path], Sequence[float]]

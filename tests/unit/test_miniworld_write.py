@@ -70,6 +70,7 @@ def test_the_expected_rows_are_about_those_written(world):
 def test_the_share_of_chains_that_name_every_shape_changes_no_question(world, tmp_path, fraction):
     build_miniworld(tmp_path, **SMALL | {"naming_fraction": fraction})
     chains = [r for r in read(tmp_path, "sft") if r["task"] == "reasoning" and "\n" in r["conversations"][1]["value"]]
+    assert len(chains) >= 2 * SMALL["reasoning_scenes"]
     assert all(row["conversations"][1]["value"].startswith("Find ") == bool(fraction) for row in chains)
     asked = [[(r["id"], r["conversations"][0], r.get("answer")) for r in read(f, "sft")] for f in (world, tmp_path)]
     assert asked[0] == asked[1]
