@@ -28,6 +28,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.plan import plan_epoch
 from minivlm.data.tokens import TokenTable
 from minivlm.model.language import build_language_model
+from minivlm.model.matrix_attention import use_matrix_attention
 from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.losses import MPOWeights, RewardShift
@@ -75,6 +76,7 @@ class Trainer:
     def __init__(self, model: MiniVLM, precision: str, device: torch.device) -> None:
         self.device = device
         self.model = model.to(device=device, dtype=TYPES[precision]).train()
+        use_matrix_attention(self.model.language_model, precision, device)
         self.weights = list(self.model.parameters())
         self.master = self.weights
         if precision == "bfloat16":

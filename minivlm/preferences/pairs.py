@@ -6,6 +6,7 @@ would drop 1 against 10), format pairs are limited to a share of all pairs, and 
 (MMPR's answer fixing makes right whatever contains the truth).
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -125,7 +126,8 @@ def choose_pairs(
     """Pairs of one question: right x wrong first, then right x malformed in the room that is left.
 
     Identical texts count once. The choice under the cap is random but a function of `seed` only, and takes every
-    chosen text once before any twice (see `_spread`). A question whose answers are all right or all wrong gives none.
+    text of either side once before any of that side twice (see `_spread`). A question whose answers are all right or
+    all wrong gives none.
 
     Args:
         answers: None = one that the length limit cut off. It counts as malformed and makes no pair: what its text would
@@ -185,9 +187,9 @@ def keep_minority(kinds: Sequence[str], *, seed: int) -> list[int]:
 
 
 def _spread(left: Sequence[str], right: Sequence[str]) -> list[tuple[str, str]]:
-    """All combinations of chosen (left) and rejected texts (right): each round has every chosen text once.
+    """All combinations of chosen (left) and rejected texts (right), each once, each side's texts in turn.
 
-    A round goes through the rejected texts in turn and the next one starts one further. So a rejected text may come
-    again before another one came at all: of 2 x 4 the third combination has the rejected text of the second.
+    Both sides go round together, and the rejected one steps one further whenever both are back at their first text.
     """
-    return [(left[i], right[(i + shift) % len(right)]) for shift in range(len(right)) for i in range(len(left))]
+    round_length = math.lcm(len(left), len(right))
+    return [(left[i % len(left)], right[(i + i // round_length) % len(right)]) for i in range(len(left) * len(right))]

@@ -14,6 +14,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.model.export import load_export
 from minivlm.model.language import build_language_model
 from minivlm.model.lora import add_adapters, decoder_layers, merge_adapters, quantise
+from minivlm.model.matrix_attention import use_matrix_attention
 from minivlm.model.projector import build_projector, whiten_input
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.job import StageJob, whitening_pictures
@@ -48,7 +49,8 @@ def initial_model(job: StageJob) -> MiniVLM:
 
 
 def prepare_model(model: MiniVLM, job: StageJob, device: torch.device) -> None:
-    """Make of the initial weights what the stage trains: frozen parts, adapters, dropout, checkpointed layers.
+    """Make of the initial weights what the stage trains: frozen parts, adapters, dropout, checkpointed layers, and
+    the attention that is fast where it runs.
 
     Raises:
         TrainingError: the language model cannot be trained as the settings say.
@@ -82,6 +84,7 @@ def prepare_model(model: MiniVLM, job: StageJob, device: torch.device) -> None:
             model.language_model.disable_input_require_grads()  # only reentrant checkpoints need them
     except ValueError as error:
         raise TrainingError(f"{key}: {error}") from error
+    use_matrix_attention(model.language_model, train.precision, device)
     model.returns_mean_logps = settings.label_smoothing > 0
 
 

@@ -3,6 +3,8 @@
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minivlm.preferences.pairs import Asked, choose_pairs, entails, is_well_formed, judge, keep_minority
 from minivlm.scoring.text_metrics import edit_distance
@@ -68,6 +70,17 @@ def test_cap_spreads_over_different_texts() -> None:
     result = choose_pairs(right + wrong, THREE, max_pairs=2, seed="q1")
     assert len({p.chosen for p in result.pairs}) == len({p.rejected for p in result.pairs}) == 2
     assert result.drops["over_question_cap"] == 4
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 49))
+def test_no_text_comes_twice_before_every_other_of_its_side_once(rights: int, wrongs: int, cap: int) -> None:
+    right = [f"{i} then.\nFinal answer: 3" for i in range(rights)]
+    wrong = [f"{i} then.\nFinal answer: {i + 10}" for i in range(wrongs)]
+    pairs = choose_pairs(right + wrong, THREE, max_pairs=cap, seed="q1").pairs
+    assert len({(pair.chosen, pair.rejected) for pair in pairs}) == len(pairs) == min(cap, rights * wrongs)
+    for texts, side in ((right, [p.chosen for p in pairs]), (wrong, [p.rejected for p in pairs])):
+        uses = [side.count(text) for text in texts]
+        assert max(uses) - min(uses) <= 1
 
 
 def test_choice_depends_on_the_seed_and_not_on_the_order_of_answers() -> None:
