@@ -13,6 +13,10 @@ NUM_EXAMPLES = 3
 """Examples of each kind, evenly spread over its pairs."""
 
 MAX_EXAMPLE_CHARACTERS = 1500
+CUT = (
+    " These are whole answers: training reads a wrong one up to the end of its first line that differs from the "
+    "chosen one (preferences.cut_rejected)."
+)
 MANY = 0.9
 """The quantile of lengths that is shown beside mean and median."""
 
@@ -32,7 +36,8 @@ def pairs_card(folder: Path, summary: Mapping[str, Any], pairs: Sequence[Prefere
         "## Pairs\n",
         _table(["kind", "pairs", "questions", "chosen: mean, median, 90 %", "rejected: mean, median, 90 %"])
         + "".join(_kind_row(kind, [pair for pair in pairs if pair.kind == kind]) for kind in kinds),
-        "Lengths in characters. A large gap between chosen and rejected would teach length instead of truth.",
+        "Lengths in characters. A large gap between chosen and rejected would teach length instead of truth."
+        + (CUT if summary["cut_rejected"] else ""),
         "## Left out\n",
         _reasons(summary),
         *([_unsolved(folder, summary["num_unsolved"])] if summary.get("num_unsolved") else []),

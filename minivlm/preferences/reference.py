@@ -105,6 +105,7 @@ def add_reference_logps(config: Config, score: ScoreTable | None = None) -> Path
         "checkpoint": str(export.checkpoint_dir),
         "num_pairs": len(encoded) // 2,
         "dropped": dict(dropped),
+        "cut_rejected": config.preferences.cut_rejected,
     }
     card = pairs_card(folder, summary | reference, [scored[position] for position in kept])
     write_bytes(folder / CARD_FILE, card.encode())

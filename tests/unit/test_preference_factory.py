@@ -221,8 +221,9 @@ def test_unsolved_questions_keep_the_form_that_only_their_answer_shows(tmp_path:
     assert [row.messages for row in again] == [turns, turns[:1]]
 
 
-def test_the_card_tells_counts_reasons_and_examples(tmp_path: Path, checkpoint: Path) -> None:
-    config = make_config(tmp_path, checkpoint, **ALL)
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_card_tells_counts_reasons_and_examples(tmp_path: Path, checkpoint: Path, cut: bool) -> None:
+    config = make_config(tmp_path, checkpoint, **ALL, cut_rejected=cut)
     files = run(config, Model(load_tokenizer(checkpoint / "export")))
     card = files[CARD_FILE].decode()
     assert "16 answers to 4 questions" in card
@@ -231,6 +232,7 @@ def test_the_card_tells_counts_reasons_and_examples(tmp_path: Path, checkpoint: 
     assert "| answer or pair | question_without_right_answer | 1 |" in card
     assert f"path: {pairs_dir(config) / 'unsolved_meta.json'}, split: train" in card
     assert f"chosen:\n\n    {SEEN}\n" in card
+    assert ("up to the end of its first line that differs" in card) is cut
     metrics = pairs_metrics(pairs_dir(config))
     assert (metrics["preferences/num_pairs"], metrics["preferences/num_unsolved"]) == (8, 1)
     assert (metrics["preferences/accuracy"], metrics["preferences/pairs/format"]) == (6 / 16, 1)
