@@ -1,6 +1,6 @@
 """The same steps through Ray Data, Ray Train and DeepSpeed as in a plain torch loop: samples/s, ratio, waiting, memory.
 
-    python -m benchmarks.train_ray [--precision bfloat16] [--zero-stage 2]
+    python -m benchmarks.train_ray [--precision bfloat16] [--zero-stage 2] [--batch 64] [--compile]
 
 One worker with two threads, MiniMind-V v1's small model, captions of 11 to 34 tokens with cached features, batch 16.
 The plain loop (`benchmarks.train_step`) runs before and after, in processes of its own, on the same plan.
@@ -98,7 +98,8 @@ def _plain(folder: Path, arguments: argparse.Namespace) -> Speed:
     torch.set_num_threads(arguments.threads)
     table, features = TokenTable.open(folder / "table"), FeatureCache.open(folder / "features" / "random")
     planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens)
-    trainer = Trainer(build_model("small"), arguments.precision, torch.device("cpu"))
+    model, device = build_model("small"), torch.device("cpu")
+    trainer = Trainer(model, arguments.precision, device, compiles=arguments.compile)
     return measure_steps(trainer, planned, warmup=WARMUP, steps=arguments.steps)
 
 
@@ -159,6 +160,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Config:
             f"train.threads_per_worker={arguments.threads}",
             f"train.zero_stage={arguments.zero_stage}",
             f"train.precision={arguments.precision}",
+            f"train.compile={arguments.compile}",
             f"train.micro_batch_tokens={arguments.micro_batch_tokens}",
             f"train.pretrain.global_batch_size={arguments.batch}",
             "train.pretrain.epochs=1000",
@@ -171,6 +173,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     """Arguments, by default those of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="both as train.compile")
     parser.add_argument("--zero-stage", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16, help="samples per optimizer step")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)

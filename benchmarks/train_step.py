@@ -27,8 +27,8 @@ from minivlm.data.collate import Batch, collate
 from minivlm.data.features import FeatureCache
 from minivlm.data.plan import plan_epoch
 from minivlm.data.tokens import TokenTable
+from minivlm.model.fast_layers import compile_layers, use_matrix_attention
 from minivlm.model.language import build_language_model
-from minivlm.model.matrix_attention import use_matrix_attention
 from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.losses import MPOWeights, RewardShift
@@ -73,10 +73,12 @@ def step_flops(model: MiniVLM, lengths: list[int]) -> float:
 class Trainer:
     """A plain torch loop: gradients of a step's micro-batches add up, then AdamW."""
 
-    def __init__(self, model: MiniVLM, precision: str, device: torch.device) -> None:
+    def __init__(self, model: MiniVLM, precision: str, device: torch.device, *, compiles: bool = False) -> None:
         self.device = device
         self.model = model.to(device=device, dtype=TYPES[precision]).train()
         use_matrix_attention(self.model.language_model, precision, device)
+        if compiles:
+            compile_layers(self.model.language_model, device)
         self.weights = list(self.model.parameters())
         self.master = self.weights
         if precision == "bfloat16":
@@ -175,7 +177,7 @@ def main() -> None:
         table = write_table(Path(folder) / "table", arguments.samples, seed=0)
         features = write_features(Path(folder) / "features", arguments.samples, seed=0)
         planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens)
-        trainer = Trainer(build_model(arguments.model), arguments.precision, device)
+        trainer = Trainer(build_model(arguments.model), arguments.precision, device, compiles=arguments.compile)
         speed = measure_steps(trainer, planned, warmup=arguments.warmup, steps=arguments.steps)
         name = f"{arguments.model}, {arguments.precision}, batch {arguments.batch}"
         print(f"{name}: {speed.describe(limits, arguments.precision)}")
@@ -198,6 +200,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, help="torch threads (CPU)")
+    parser.add_argument("--compile", action="store_true", help="as train.compile")
     parser.add_argument("--profile", action="store_true", help="then print where three steps spend their time")
     return parser.parse_args()
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from minivlm.config.train import LoraConfig
 from minivlm.data.features import FeatureCache
 from minivlm.model.export import load_export
+from minivlm.model.fast_layers import compile_layers, use_matrix_attention
 from minivlm.model.language import build_language_model
 from minivlm.model.lora import add_adapters, decoder_layers, merge_adapters, quantise
-from minivlm.model.matrix_attention import use_matrix_attention
 from minivlm.model.projector import build_projector, whiten_input
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.job import StageJob, whitening_pictures
@@ -82,6 +82,9 @@ def prepare_model(model: MiniVLM, job: StageJob, device: torch.device) -> None:
             key = "train.gradient_checkpointing"
             model.language_model.activation_checkpointing_enable({"use_reentrant": False})
             model.language_model.disable_input_require_grads()  # only reentrant checkpoints need them
+        if train.compile:
+            key = "train.compile"
+            compile_layers(model.language_model, device)
     except ValueError as error:
         raise TrainingError(f"{key}: {error}") from error
     use_matrix_attention(model.language_model, train.precision, device)

@@ -27,7 +27,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 libraries choose the same kernel for differently aligned memory, are the bits; merged adapters and bfloat16 round."""
 
 ROUNDED_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""As above, where the live model has other products: merged adapters, or a device that holds no second model."""
+"""As above, where the live model has other products: merged adapters, compiled
+layers, or a device that holds no second model."""
 
 
 def check_export(
@@ -45,7 +46,7 @@ def check_export(
     Raises:
         TrainingError: it is not the model that was trained.
     """
-    lora, precision = job.settings.lora, job.config.train.precision
+    lora, train = job.settings.lora, job.config.train
     if lora is not None and lora.quantization != "none":
         return None
     batch = {name: tensor.to(device) for name, tensor in probe_batch(job).items()}
@@ -57,9 +58,11 @@ def check_export(
     found: list[str | None] = [None]
     if written is not None:
         try:
-            is_rounded = lora is not None or job.keeps_copies_on_host
+            is_rounded = lora is not None or train.compile or job.keeps_copies_on_host
             logits = logits.cpu() if job.keeps_copies_on_host else logits
-            difference = check_reload(directory, written, logits, batch, precision=precision, is_rounded=is_rounded)
+            difference = check_reload(
+                directory, written, logits, batch, precision=train.precision, is_rounded=is_rounded
+            )
         except CheckpointError as error:
             found = [str(error)]
     dist.broadcast_object_list(found, src=0)

@@ -240,6 +240,15 @@ def test_checkpointed_layers_give_the_same_weights(
     assert_close(again, kept, atol=0, rtol=0)
 
 
+def test_compiling_without_a_compiler_says_what_to_install(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    job = stage_job(tiny_parts, tmp_path, compile=True)
+    with pytest.raises(TrainingError, match=r"train\.compile: .* install g\+\+, or type train\.compile=false"):
+        prepare_model(initial_model(job), job, CPU)
+
+
 def test_checkpointed_layers_run_twice(tiny_parts: Path, tmp_path: Path):
     job = stage_job(tiny_parts, tmp_path, {"trainable": ["projector"]}, gradient_checkpointing=True)
     model, calls = initial_model(job).train(), []

@@ -1,9 +1,12 @@
-"""Attention of short rows as plain matrix products, for training in bfloat16 on a CPU.
+"""Faster layers of a stock language model in training: attention by matrix products, and torch.compile.
 
-There the backward of torch's fused kernel is slow: forward and backward of 16 rows of 96 tokens with 16 heads of width
-32 took 36.8 ms, and 5.6 ms this way (2 threads, AMX; docs/RESULTS.md). Called by `minivlm.train.initial`.
+In bfloat16 on a CPU the backward of torch's fused attention is slow: forward and backward of 16 rows of 96 tokens with
+16 heads of width 32 took 36.8 ms, and 5.6 ms by matrix products (2 threads, AMX; docs/RESULTS.md). Called by
+`minivlm.train.initial`.
 """
 
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -11,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from minivlm.model.lora import decoder_layers
 
 NAME = "minivlm_matrix"
 LONGEST_ROW = 512
@@ -56,3 +61,15 @@ def matrix_attention(
     weights = functional.dropout(weights, dropout, training=module.training)
     mixed = weights.view(*grouped, length) @ value
     return mixed.view(batch, heads, length, width).transpose(1, 2), None
+
+
+def compile_layers(language_model: PreTrainedModel, device: torch.device) -> None:
+    """torch.compile each decoder layer in place: all share what is compiled once, for rows of every length.
+
+    Raises:
+        ValueError: no C++ compiler, which a CPU needs.
+    """
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError("torch.compile needs a C++ compiler: install g++, or type train.compile=false")
+    for layer in decoder_layers(language_model):
+        layer.compile(dynamic=True)

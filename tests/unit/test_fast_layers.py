@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minivlm.model import matrix_attention
+from minivlm.model import fast_layers
 from minivlm.model.language import build_language_model
 from minivlm.model.vlm import document_mask
 
@@ -40,9 +40,7 @@ def expected(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-2)])
 def test_values_and_gradients_are_those_of_attention(dtype: torch.dtype, tolerance: float) -> None:
     inputs = [tensor.requires_grad_() for tensor in states(dtype)]
-    found, weights = matrix_attention.matrix_attention(
-        nn.Identity(), *inputs, document_mask(SEGMENTS, dtype), scaling=0.3
-    )
+    found, weights = fast_layers.matrix_attention(nn.Identity(), *inputs, document_mask(SEGMENTS, dtype), scaling=0.3)
     assert weights is None
     assert found.dtype == dtype
     reference = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -62,7 +60,7 @@ def test_samples_of_a_row_do_not_see_each_other_to_the_bit() -> None:
     for tensor in after:
         tensor[0, :, 3:] = 7.0  # segment 2 and the padding of the first row
     first, second = (
-        matrix_attention.matrix_attention(nn.Identity(), *tensors, mask, scaling=0.3)[0] for tensors in (before, after)
+        fast_layers.matrix_attention(nn.Identity(), *tensors, mask, scaling=0.3)[0] for tensors in (before, after)
     )
     assert torch.equal(first[0, :3], second[0, :3])
     assert not torch.equal(first[0, 3:], second[0, 3:])
@@ -71,28 +69,28 @@ def test_samples_of_a_row_do_not_see_each_other_to_the_bit() -> None:
 
 def test_long_rows_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = document_mask(SEGMENTS, torch.float32)
-    short = matrix_attention.matrix_attention(nn.Identity(), *states(torch.float32), mask, scaling=0.3)[0]
-    monkeypatch.setattr(matrix_attention, "LONGEST_ROW", 7)
+    short = fast_layers.matrix_attention(nn.Identity(), *states(torch.float32), mask, scaling=0.3)[0]
+    monkeypatch.setattr(fast_layers, "LONGEST_ROW", 7)
     module = nn.Identity()
     module.num_key_value_groups = 2
-    called, original = [], matrix_attention.sdpa_attention_forward
+    called, original = [], fast_layers.sdpa_attention_forward
     monkeypatch.setattr(
-        matrix_attention,
+        fast_layers,
         "sdpa_attention_forward",
         lambda *args, **kwargs: called.append(1) or original(*args, **kwargs),
     )
-    long = matrix_attention.matrix_attention(module, *states(torch.float32), mask, scaling=0.3)[0]
+    long = fast_layers.matrix_attention(module, *states(torch.float32), mask, scaling=0.3)[0]
     assert called
     torch.testing.assert_close(long, short, rtol=0, atol=1e-6)
 
 
 def test_weights_are_dropped_in_training_only() -> None:
     module, mask = nn.Identity(), document_mask(SEGMENTS, torch.float32)
-    kept = matrix_attention.matrix_attention(module, *states(torch.float32), mask, scaling=0.3)[0]
+    kept = fast_layers.matrix_attention(module, *states(torch.float32), mask, scaling=0.3)[0]
     torch.manual_seed(0)
-    dropped = matrix_attention.matrix_attention(module, *states(torch.float32), mask, scaling=0.3, dropout=0.5)[0]
+    dropped = fast_layers.matrix_attention(module, *states(torch.float32), mask, scaling=0.3, dropout=0.5)[0]
     assert not torch.allclose(kept, dropped)
-    still = matrix_attention.matrix_attention(module.eval(), *states(torch.float32), mask, scaling=0.3, dropout=0.5)[0]
+    still = fast_layers.matrix_attention(module.eval(), *states(torch.float32), mask, scaling=0.3, dropout=0.5)[0]
     assert torch.equal(kept, still)
 
 
@@ -107,8 +105,8 @@ def test_a_stock_model_takes_it_where_it_is_faster(
     model = build_language_model(path=None, architecture=architecture, sizes=SIZES, vocab_size=64, seed=0)
     embeds, mask = torch.randn(3, 8, 32), document_mask(SEGMENTS, torch.float32)
     before = model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-    matrix_attention.use_matrix_attention(model, precision, torch.device(device))
-    assert (model.get_decoder().config._attn_implementation == matrix_attention.NAME) is chosen
+    fast_layers.use_matrix_attention(model, precision, torch.device(device))
+    assert (model.get_decoder().config._attn_implementation == fast_layers.NAME) is chosen
     after = model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
-    assert matrix_attention.NAME not in model.config.to_json_string()
+    assert fast_layers.NAME not in model.config.to_json_string()

@@ -1,0 +1,30 @@
+"""Layers compiled by g++ in a stage of seconds: no cluster, but half a minute of compiling."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tests.tiny_stage import interrupted, run, stage_job, tiny_parts
+
+__all__ = ["tiny_parts"]
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def exported(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "export" / "model.safetensors")
+
+
+def test_compiled_layers_train_alike_and_resume_to_the_bit(tiny_parts: Path, tmp_path: Path):
+    settings: dict[str, Any] = {"micro_batch_tokens": 40, "checkpoint_every_steps": 1}
+    plain = exported(run(stage_job(tiny_parts, tmp_path / "plain", **settings))[1])
+    job = stage_job(tiny_parts, tmp_path / "compiled", compile=True, **settings)
+    compiled = exported(run(job)[1])
+    assert_close(compiled, plain, rtol=0, atol=1e-4)
+    torch.compiler.reset()  # as in a new process: the first rows of the second half are of other lengths
+    again = stage_job(tiny_parts, tmp_path / "again", compile=True, **settings)
+    interrupted(again, after=1)
+    assert_close(exported(run(again)[1]), compiled, rtol=0, atol=0)
