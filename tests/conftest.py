@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import forks
 
@@ -19,6 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny operations gain nothing from threads that wait in a loop
 
 gc.disable()  # until all is imported (`template`): a fifth of the time of imports
+
+settings.register_profile("untimed", deadline=None)  # a slow machine is no failure
+settings.load_profile("untimed")
 
 REPOSITORY = Path(__file__).parent.parent
 

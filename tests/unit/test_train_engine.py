@@ -182,8 +182,10 @@ def newton_schulz(matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])  # stage 0 clips gradients before either optimizer
-def test_muon_in_every_zero_stage_equals_muon_written_out(zero_stage: int):
+def test_muon_in_every_zero_stage_equals_muon_written_out(zero_stage: int, monkeypatch: pytest.MonkeyPatch):
     expected = run_plain_muon(tiny_vlm())
+    # Else it orthogonalises in bfloat16 where the CPU has instructions for it: the same formula, rounded to 8 bits.
+    monkeypatch.setattr("deepspeed.runtime.zero.muon.original_muon.ns_compute_dtype", lambda method: torch.float32)
     engine = make_engine(zero_stage, optimizer=MUON)
     run_engine(engine, range(STEPS))
     weights = engine.gather_state_dict()
