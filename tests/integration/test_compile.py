@@ -1,5 +1,6 @@
 """Layers compiled by g++ in a stage of seconds: no cluster, but half a minute of compiling."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from minivlm.model.checkpoint import MANIFEST
 from tests.tiny_stage import interrupted, run, stage_job, tiny_parts
 
 __all__ = ["tiny_parts"]
@@ -22,7 +24,9 @@ def test_compiled_layers_train_alike_and_resume_to_the_bit(tiny_parts: Path, tmp
     settings: dict[str, Any] = {"micro_batch_tokens": 40, "checkpoint_every_steps": 1}
     plain = exported(run(stage_job(tiny_parts, tmp_path / "plain", **settings))[1])
     job = stage_job(tiny_parts, tmp_path / "compiled", compile=True, **settings)
-    compiled = exported(run(job)[1])
+    checkpoint = run(job)[1]
+    compiled = exported(checkpoint)
+    assert json.loads((checkpoint / MANIFEST).read_text())["reload_difference"] <= 1e-5
     assert_close(compiled, plain, rtol=0, atol=1e-4)
     torch.compiler.reset()  # as in a new process: the first rows of the second half are of other lengths
     again = stage_job(tiny_parts, tmp_path / "again", compile=True, **settings)

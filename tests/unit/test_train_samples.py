@@ -17,6 +17,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
 from minivlm.model.checkpoint import MANIFEST, CheckpointError
 from minivlm.model.export import load_export
+from minivlm.model.fast_layers import use_matrix_attention
 from minivlm.model.generate import Prompt, generate
 from minivlm.model.vlm import sequence_logps
 from minivlm.train import loop
@@ -163,6 +164,18 @@ def test_another_models_logits_are_told_apart(tiny_parts: Path, tmp_path: Path):
     logits[0, 0] += 1e-3 * float(logits.abs().max())
     with pytest.raises(CheckpointError, match="logits differ by"):
         check_reload(tiny_parts / "export", vlm, logits, batch, **settings)
+
+
+def test_the_export_is_compared_under_the_attention_that_trained_it(tiny_parts: Path, tmp_path: Path):
+    job = replace(stage_job(tiny_parts, tmp_path), initial_export=tiny_parts / "export")
+    written, live = (load_export(tiny_parts / "export").vlm for _ in range(2))
+    live, batch = live.bfloat16(), probe_batch(job)
+    fused = probe_logits(live, live, batch)
+    use_matrix_attention(live.language_model, "bfloat16", torch.device("cpu"))
+    logits = probe_logits(live, live, batch)
+    assert not torch.equal(logits, fused)
+    settings = {"precision": "bfloat16", "is_rounded": False}
+    assert check_reload(tiny_parts / "export", written, logits, batch, **settings) == 0.0
 
 
 def preference_job(parts: Path, run_dir: Path, **stage: Any) -> StageJob:
