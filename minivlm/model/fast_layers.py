@@ -1,12 +1,14 @@
 """Faster layers of a stock language model in training: attention by matrix products, and torch.compile.
 
-In bfloat16 on a CPU the backward of torch's fused attention is slow: forward and backward of 16 rows of 96 tokens with
+In bfloat16 on a CPU torch's fused attention is slow to differentiate: forward and backward of 16 rows of 96 tokens with
 16 heads of width 32 took 36.8 ms, and 5.6 ms by matrix products (2 threads, AMX; docs/RESULTS.md). Called by
-`minivlm.train.initial`.
+`minivlm.train.initial` and, to compare exports, `minivlm.train.reload`.
 """
 
 import os
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +20,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from minivlm.model.lora import decoder_layers
 
 NAME = "minivlm_matrix"
+ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
 LONGEST_ROW = 512
 """Tokens. Weights in memory grow with the square: longer rows take the fused kernel."""
 
 
 def use_matrix_attention(language_model: PreTrainedModel, precision: str, device: torch.device) -> None:
-    """Choose this attention where it is faster; elsewhere the model keeps its own. No export remembers it."""
-    if precision == "bfloat16" and device.type == "cpu":
+    """Choose this attention where it is faster and known to be the same; elsewhere the model keeps its own.
+
+    Only for `ARCHITECTURES` without biases of queries and keys: others pass arguments of their own, or have large
+    scores, which bfloat16 rounds here (as in transformers' eager attention) but not in the fused kernel. No export
+    remembers the choice.
+    """
+    config = language_model.config
+    is_known = config.model_type in ARCHITECTURES and not getattr(config, "attention_bias", False)
+    if precision == "bfloat16" and device.type == "cpu" and is_known:
         AttentionInterface.register(NAME, matrix_attention)
         language_model.set_attn_implementation(NAME)
 
@@ -45,7 +55,7 @@ def matrix_attention(
     Args:
         query: [B, H, T, D].
         key, value: [B, G, T, D]; head h reads group h // (H / G).
-        attention_mask: additive, [B, 1, T, T]; required.
+        attention_mask: additive, [B, 1, T, T]; without one the fused kernel runs.
 
     Returns:
         [B, T, H, D], and no weights.
@@ -64,12 +74,16 @@ def matrix_attention(
 
 
 def compile_layers(language_model: PreTrainedModel, device: torch.device) -> None:
-    """torch.compile each decoder layer in place: all share what is compiled once, for rows of every length.
+    """torch.compile each decoder layer in place. All layers share what is compiled: for rows of any length, and again
+    for some special shapes (one row, as many rows as tokens).
 
     Raises:
-        ValueError: no C++ compiler, which a CPU needs.
+        ValueError: no C++ compiler or no headers of Python, which a CPU needs.
     """
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise ValueError("torch.compile needs a C++ compiler: install g++, or type train.compile=false")
+    if device.type == "cpu":
+        compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
+        if shutil.which(compiler) is None or not header.is_file():
+            raise ValueError("torch.compile needs g++ and python3-dev: install them, or type train.compile=false")
+    torch._dynamo.config.recompile_limit = 64  # at the usual 8 later shapes would run as they are, by order of arrival
     for layer in decoder_layers(language_model):
         layer.compile(dynamic=True)

@@ -126,8 +126,8 @@ def choose_pairs(
     """Pairs of one question: right x wrong first, then right x malformed in the room that is left.
 
     Identical texts count once. The choice under the cap is random but a function of `seed` only, and takes every
-    text of either side once before any of that side twice (see `_spread`). A question whose answers are all right or
-    all wrong gives none.
+    text of either side once before any of that side twice (see `_spread`), but for pairs that are then left out as
+    entailed. A question whose answers are all right or all wrong gives none.
 
     Args:
         answers: None = one that the length limit cut off. It counts as malformed and makes no pair: what its text would

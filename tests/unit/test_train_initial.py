@@ -245,7 +245,7 @@ def test_compiling_without_a_compiler_says_what_to_install(
 ):
     monkeypatch.setenv("CXX", "no-such-compiler")
     job = stage_job(tiny_parts, tmp_path, compile=True)
-    with pytest.raises(TrainingError, match=r"train\.compile: .* install g\+\+, or type train\.compile=false"):
+    with pytest.raises(TrainingError, match=r"train\.compile: .* install them, or type train\.compile=false"):
         prepare_model(initial_model(job), job, CPU)
 
 
