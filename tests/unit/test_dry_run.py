@@ -41,7 +41,7 @@ def test_demo_prints_its_parameters_and_rows(tmp_path):
     assert "trained here, 10 features per picture, frozen" in text
     assert "mlp2x_gelu, 10 image tokens per picture, 41,216 parameters" in text
     assert "for plain transformers" not in text
-    assert "sft              36,325 rows" in text
+    assert "sft              40,825 rows" in text
     assert list(tmp_path.iterdir()) == []
 
 
