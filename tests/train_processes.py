@@ -4,6 +4,7 @@ Processes are forked from a template (tests/forks.py). The job is a toy: random 
 answers name them (token FIRST_ANSWER + i), and the small export of tests/tiny_export.py as initial weights.
 """
 
+import importlib
 import json
 import os
 import time
@@ -27,13 +28,15 @@ from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
 from minivlm.train.feed import newest_step
 from minivlm.train.job import StageJob, count_steps, plan_training
-from minivlm.train.loop import StageWorker, train_loop
+from minivlm.train.loop import StageWorker, train_loop  # before DeepSpeed's Muon, which compiles when imported
 from tests.forks import Forked, join
 from tests.tiny_export import NUM_IMAGE_TOKENS, WIDTH, build_export
 
 NUM_SAMPLES, NUM_VALIDATION = 10, 4
 FIRST_ANSWER = 200
 GROUP_TIMEOUT_S = 90
+
+original_muon = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 # What loading a model does once per process, half of a run's time here: done before the template is forked.
 MODEL_CLASSES = (CLIPVisionModel, LlavaForConditionalGeneration, Qwen3ForCausalLM)
@@ -172,6 +175,8 @@ def _rank(job: StageJob, rank: int, folder: Path, held_step: int | None, resave_
         os.dup2(log.fileno(), 2)
         store = dist.FileStore(str(folder / "store"), world_size)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        # Muon's own choice where the CPU has no bfloat16: else 8 bits amplify what another order of sums changes.
+        original_muon.ns_compute_dtype = lambda method: torch.float32
         outcome: dict[str, str] = {}
         if resave_to is not None:
             StageWorker(job, torch.device("cpu"), lambda metrics, checkpoint: None).engine.save(resave_to)

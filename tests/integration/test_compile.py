@@ -28,7 +28,7 @@ def test_compiled_layers_train_alike_and_resume_to_the_bit(tiny_parts: Path, tmp
     compiled = exported(checkpoint)
     assert json.loads((checkpoint / MANIFEST).read_text())["reload_difference"] <= 1e-5
     assert_close(compiled, plain, rtol=0, atol=1e-4)
-    torch.compiler.reset()  # as in a new process: the first rows of the second half are of other lengths
+    torch.compiler.reset()  # as in a new process, which compiles for the rows of the second step first
     again = stage_job(tiny_parts, tmp_path / "again", compile=True, **settings)
     interrupted(again, after=1)
     assert_close(exported(run(again)[1]), compiled, rtol=0, atol=0)

@@ -233,7 +233,7 @@ KEYS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(KINDS), st.dictionaries(KEYS, VALUES, max_size=8))
 def test_any_row_is_a_question_or_has_a_reason(kind: str, raw: dict[str, Any]) -> None:
     with suppress(RowError):

@@ -30,7 +30,7 @@ def make_sample(index: int, pictures: list[int], answer: int) -> EncodedSample:
 SAMPLES = st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=2), st.integers(1, 9)), min_size=1, max_size=12)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SAMPLES, st.integers(0, 3))
 def test_packing_never_changes_what_a_sample_contains(tmp_path_factory, rows, seed):
     samples = [make_sample(i, pictures, answer) for i, (pictures, answer) in enumerate(rows)]

@@ -70,7 +70,7 @@ def test_bad_pictures_are_refused_with_the_reason(data, reason):
         open_image(data, LIMITS)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]), st.data())
 def test_damaged_files_give_a_picture_or_a_reason_and_nothing_else(kind, data):
     encoded = bytearray(encode(Image.new("P", (9, 7)).convert("RGB"), kind))

@@ -28,7 +28,7 @@ def entries(step: PlannedStep) -> list[int]:
     return [entry for micro_batch in step.micro_batches for row in micro_batch for entry in row]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 5), st.integers(1, 20), st.integers(0, 3))
 def test_every_entry_is_used_exactly_once_per_epoch(lengths, world_size, global_batch_size, epoch):
     steps = plan(lengths, world_size=world_size, global_batch_size=global_batch_size, epoch=epoch)
@@ -37,14 +37,14 @@ def test_every_entry_is_used_exactly_once_per_epoch(lengths, world_size, global_
     assert [len(step.units) for step in steps[:-1]] == [global_batch_size] * (len(steps) - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LENGTHS, st.integers(0, 5))
 def test_the_steps_do_not_depend_on_the_world_size(lengths, seed):
     orders = [[step.units for step in plan(lengths, seed=seed, world_size=world)] for world in (1, 2, 4)]
     assert orders[0] == orders[1] == orders[2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([32, 64, 100, 256, 4096]))
 def test_micro_batches_fill_all_ranks_and_stay_under_the_token_limit(lengths, world_size, limit):
     for step in plan(lengths, world_size=world_size, micro_batch_tokens=limit):
@@ -55,7 +55,7 @@ def test_micro_batches_fill_all_ranks_and_stay_under_the_token_limit(lengths, wo
             assert all(rows) or not rows
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=40), st.integers(1, 3))
 def test_chosen_and_rejected_stand_side_by_side_in_one_row(lengths, world_size):
     lengths = lengths[: len(lengths) // 2 * 2]

@@ -25,7 +25,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(VALUES, max_size=8), indent=st.sampled_from([None, 1]), ascii_only=st.booleans())
 def test_a_list_is_read_as_json_reads_it_whatever_the_window(tmp_path_factory, rows, indent, ascii_only):
     path = tmp_path_factory.mktemp("list") / "a.json"
@@ -37,7 +37,7 @@ def test_a_list_is_read_as_json_reads_it_whatever_the_window(tmp_path_factory, r
             assert found == json.loads(path.read_text(encoding="utf-8"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.sampled_from([b"{}", b"", b"  ", b'{"a": 1}' * 3, b"x" * 40]), max_size=30),
     size=st.integers(1, 90),

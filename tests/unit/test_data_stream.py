@@ -40,7 +40,7 @@ def block_rows(micro_batches: list[list[int]]) -> list[list[BatchRow]]:
     return [[BatchRow(step, True, 1, 1, tuple((entry,) for entry in rows))] for step, rows in enumerate(micro_batches)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, 11), max_size=3), min_size=1, max_size=12),
     st.lists(st.lists(st.integers(0, 11), max_size=6), min_size=1, max_size=8),

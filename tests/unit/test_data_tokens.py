@@ -16,7 +16,7 @@ def sample(name: str, ids: list[int], digests: tuple[str, ...] = ()) -> EncodedS
     return EncodedSample(name, np.array(ids, np.int32), np.array(labels, np.int32), digests)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.text(max_size=5), st.lists(st.integers(0, 99), min_size=1, max_size=9), DIGESTS), max_size=8)
 )

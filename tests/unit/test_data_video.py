@@ -76,7 +76,7 @@ def test_uniform_counts_time_and_not_frames(tmp_path):
     assert taken(path, replace(VIDEO, num_frames=3)) == [(0.1, 1), (5.1, 3), (9.0, 4)]
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 12), st.integers(0, 3), st.integers(1, 12), st.sampled_from(["mpeg4", "libx264"]), st.booleans())
 def test_leaving_out_frames_between_moments_changes_nothing(tmp_path, key_every, between, count, codec, is_open):
     options = {"g": str(key_every), "bf": str(between)}
@@ -285,7 +285,7 @@ def small_files(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return [*(film.read_bytes() for film in films), write_animation(folder / "a.gif", greys(3), 100).read_bytes()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 5), st.data())
 def test_damaged_files_give_pictures_or_a_reason_and_nothing_else(small_files, which, data):
     content = bytearray(small_files[which])

@@ -7,19 +7,8 @@ from torch import Tensor, nn
 from minivlm.model import fast_layers
 from minivlm.model.language import build_language_model
 from minivlm.model.vlm import document_mask
+from tests.tiny_export import SIZES
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "tie_word_embeddings": True,
-    "rope_theta": 10_000.0,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.3,
-}
 SEGMENTS = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0], [3, 3, 3, 3, 3, 3, 0, 0], [4, 5, 5, 6, 6, 6, 6, 6]])
 
 
@@ -107,8 +96,9 @@ def test_weights_are_dropped_in_training_only() -> None:
 def test_a_stock_model_takes_it_where_it_is_faster(
     architecture: str, precision: str, device: str, chosen: bool
 ) -> None:
-    model = build_language_model(path=None, architecture=architecture, sizes=SIZES, vocab_size=64, seed=0)
-    embeds, mask = torch.randn(3, 8, 32), document_mask(SEGMENTS, torch.float32)
+    sizes = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    model = build_language_model(path=None, architecture=architecture, sizes=sizes, vocab_size=64, seed=0)
+    embeds, mask = torch.randn(3, 8, sizes["hidden_size"]), document_mask(SEGMENTS, torch.float32)
     own = model.get_decoder().config._attn_implementation
     before = model.get_decoder()(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
     fast_layers.use_matrix_attention(model, precision, torch.device(device))

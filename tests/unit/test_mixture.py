@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minivlm.data.duplicates import decode_signatures, row_key, text_signature
 from minivlm.data.mixture import Drawn, Fate, Rows, SourceRule, StageRule, draw, task_limits, weighted_limits
 
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 
 
 def make_rows(count: int, *, source=0, task=0, text=None, pictures=None, held_out=False, files=1) -> Rows:

@@ -152,7 +152,7 @@ UGLY = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(UGLY)
 def test_every_scorer_has_a_score_for_any_text(text: str) -> None:
     for name, scorer in SCORERS.items():

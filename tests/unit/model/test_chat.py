@@ -36,13 +36,13 @@ def test_chinese_characters_are_single_tokens_however_often_they_stand_together(
 
 
 @given(text=st.text(max_size=40))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(encode_text(tokenizer, text)) == text
 
 
 @given(pieces=st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|im_", "end|>", "<ima", "ge>", "<", " x "]), max_size=6))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_text_becomes_a_control_token(tokenizer, pieces):
     assert not {0, 1, 2, 3} & set(encode_text(tokenizer, "".join(pieces)))
 
