@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
 
 IGNORE = -100
+HEAD_MULTIPLE = 64
+"""The head computes a multiple of so many tokens. Their number is another in every micro-batch, and oneDNN compiles a
+kernel for each that it meets and keeps it: 20 ms and 10 MB a step (bfloat16, vocabulary 6400; docs/RESULTS.md)."""
 
 
 class TokenLogps(NamedTuple):
@@ -72,7 +75,9 @@ class MiniVLM(nn.Module):
         targets = batch["labels"][:, 1:]
         is_supervised = targets != IGNORE
         hidden_states = outputs.last_hidden_state[:, :-1][is_supervised]
-        logits = self.language_model.get_output_embeddings()(hidden_states).float()
+        num_supervised = len(hidden_states)
+        padded = functional.pad(hidden_states, (0, 0, 0, -num_supervised % HEAD_MULTIPLE))
+        logits = self.language_model.get_output_embeddings()(padded)[:num_supervised].float()
         answers = targets[is_supervised]
         logps = -functional.cross_entropy(logits, answers, reduction="none")
         mean_logps = None
