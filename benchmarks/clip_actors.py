@@ -1,6 +1,6 @@
 """Pictures per second through the encoder actors: JPEG files on disk to features in the cache.
 
-    python -m benchmarks.clip_actors [--precision bfloat16] [--pictures 512]
+    python -m benchmarks.clip_actors [--precision bfloat16] [--actors 2] [--threads 1]
 
 CLIP ViT-B/32's shapes with random weights, 640 x 480 JPEGs of noise and shapes; decoding, preprocessing and the commit
 to the cache are included, the start of cluster and actors is shown apart (by encoding one picture first).
@@ -63,7 +63,7 @@ class Rates:
     """Files to cache, through Ray Data."""
 
     tower: float
-    """Ready pixels to features, in one process."""
+    """Ready pixels to features, in one process with the threads of one actor."""
 
     start_s: float
     """Cluster's first actor, one picture included; not in `actors`."""
@@ -80,7 +80,7 @@ class Rates:
 def main() -> None:
     """Measure and print."""
     arguments = parse()
-    limits = measure_limits(torch.device("cpu"), threads=arguments.threads)
+    limits = measure_limits(torch.device("cpu"), threads=arguments.actors * arguments.threads)
     print(describe(limits, torch.device("cpu")), flush=True)
     print(measure(arguments).describe(limits, arguments.precision))
 
@@ -92,6 +92,7 @@ def measure(arguments: argparse.Namespace) -> Rates:
         config = load_config(Path("configs/minimind-v-v1-small.yaml"), [f"storage_path={folder}"])
         write_tower(folder / "tower")
         paths = write_pictures(folder / "pictures", arguments.pictures + 1)
+        torch.set_num_threads(arguments.threads)  # of the tower alone
         settings = Tower(str(folder / "tower"), arguments.precision, -1, arguments.batch)
         tower = settings.load("cpu")
         cache = FeatureCache(folder / "features", tower.fingerprint, (tower.num_features, tower.hidden_size))
@@ -123,10 +124,10 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     """Arguments, by default those of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16, help="fixed batch of the tower")
-    parser.add_argument("--actors", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2, help="torch threads of one actor")
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of one actor")
     return parser.parse_args(command_line)
 
 

@@ -20,21 +20,25 @@ Row = tuple[str, str, str]
 """Figure, asked, measured."""
 
 
-def training(precision: str, steps: int, limits: Limits) -> Iterator[Row]:
+def training(precision: str, steps: int, limits: Limits, *options: str) -> Iterator[Row]:
     """One worker with two threads through Ray Data, Ray Train and DeepSpeed."""
-    result = train_ray.compare(train_ray.parse([f"--precision={precision}", f"--steps={steps}"]))
+    result = train_ray.compare(train_ray.parse([f"--precision={precision}", f"--steps={steps}", *options]))
     asked = {"bfloat16": ">= 50 samples/s", "float32": ">= 13 samples/s"}[precision]
-    yield f"training, {precision}, through Ray and DeepSpeed", asked, f"{result.ray.samples_per_s:.1f} samples/s"
-    yield f"model FLOP/s, {precision}", ">= 35 % (bfloat16)", result.ray.matmul_share(limits, precision)
-    yield f"Ray and DeepSpeed over the plain loop, {precision}", "<= 1.10", f"{result.ratio:.3f}"
-    yield f"trainer waiting for data, {precision}", "<= 2 %", f"{result.waiting:.2%}"
-    yield f"memory of the worker, {precision}", "<= 2.5 GiB", f"{result.memory_bytes / 2**30:.2f} GiB"
+    name = " ".join((precision, *options))
+    plain = "; plain loop {:.1f} and {:.1f}".format(*(speed.samples_per_s for speed in result.plain))
+    yield f"training, {name}, through Ray and DeepSpeed", asked, f"{result.ray.samples_per_s:.1f} samples/s{plain}"
+    yield f"model FLOP/s, {name}", ">= 35 % (bfloat16)", result.ray.matmul_share(limits, precision)
+    yield f"Ray and DeepSpeed over the plain loop, {name}", "<= 1.10", f"{result.ratio:.3f}"
+    yield f"trainer waiting for data, {name}", "<= 2 %", f"{result.waiting:.2%}"
+    yield f"memory of the worker, {name}", "<= 2.5 GiB", f"{result.memory_bytes / 2**30:.2f} GiB"
 
 
 def rows(arguments: argparse.Namespace, limits: Limits, precision: str) -> Iterator[Row]:
     """The table, figure by figure."""
     for kind in dict.fromkeys((precision, "float32")):
         yield from training(kind, arguments.steps, limits)
+    if precision == "bfloat16":
+        yield from training(precision, arguments.steps, limits, "--compile")
     rates = clip_actors.measure(clip_actors.parse([f"--precision={precision}", f"--pictures={arguments.pictures}"]))
     yield "CLIP ViT-B/32 actors, JPEG decoding included", ">= 70 pictures/s", rates.describe(limits, precision)
     streaming = stream_features.compare(stream_features.parse([f"--precision={precision}"]))
@@ -50,7 +54,7 @@ def main() -> None:
     """Measure everything; each figure is printed when it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="measured training steps of batch 16")
-    parser.add_argument("--pictures", type=int, default=384)
+    parser.add_argument("--pictures", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=4000)
     arguments = parser.parse_args()
     limits = measure_limits(torch.device("cpu"), threads=2)

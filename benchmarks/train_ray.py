@@ -1,6 +1,6 @@
 """The same steps through Ray Data, Ray Train and DeepSpeed as in a plain torch loop: samples/s, ratio, waiting, memory.
 
-    python -m benchmarks.train_ray [--precision bfloat16] [--zero-stage 2] [--batch 64] [--compile]
+    python -m benchmarks.train_ray [--precision bfloat16] [--zero-stage 0] [--batch 64] [--compile]
 
 One worker with two threads, MiniMind-V v1's small model, captions of 11 to 34 tokens with cached features, batch 16.
 The plain loop (`benchmarks.train_step`) runs before and after, in processes of its own, on the same plan.
@@ -174,7 +174,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="both as train.compile")
-    parser.add_argument("--zero-stage", type=int, default=2)
+    parser.add_argument("--zero-stage", type=int, default=0, help="by default none: one worker has nothing to shard")
     parser.add_argument("--batch", type=int, default=16, help="samples per optimizer step")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=512, help="distinct captions and pictures")

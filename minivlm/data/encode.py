@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from minivlm.data.encoder import PICTURES_PER_SHARD, Encoding, PictureEncoder
+from minivlm.data.encoder import Encoding, PictureEncoder, count_shards
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.log import Progress
@@ -24,7 +24,7 @@ def encode_images(digests: Iterable[str], cache: FeatureCache, encoding: Encodin
     if not missing:
         return 0
     encoders = encoding.encoders
-    num_shards = -(-len(missing) // PICTURES_PER_SHARD)
+    num_shards = count_shards(len(missing), encoders.count, encoding.tower.batch_size)
     rows = [{"sha256": digest} for digest in missing]
     dataset = ray.data.from_items(rows, override_num_blocks=num_shards).map_batches(
         Encoder,

@@ -72,6 +72,13 @@ class Encoding:
     """Folder of the feature cache."""
 
 
+def count_shards(num_pictures: int, num_actors: int, batch_size: int) -> int:
+    """Shards that actors share evenly, of at most `PICTURES_PER_SHARD` pictures and at least a batch where there are many."""
+    shards = -(-num_pictures // PICTURES_PER_SHARD)
+    even = -(-shards // num_actors) * num_actors
+    return min(even, -(-num_pictures // batch_size))
+
+
 class PictureEncoder:
     """The tower of one process, and the cache that it fills."""
 

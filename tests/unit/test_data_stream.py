@@ -12,7 +12,7 @@ from PIL import Image
 
 from minivlm.data.batches import BatchRow, first_uses, make_batches, payload_block, plan_blocks
 from minivlm.data.collate import unpack_batch
-from minivlm.data.encoder import ENCODE_COLUMN, BlockEncoder, Encoders, Encoding, PictureEncoder, Tower
+from minivlm.data.encoder import ENCODE_COLUMN, BlockEncoder, Encoders, Encoding, PictureEncoder, Tower, count_shards
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.images import ImageLimits
@@ -155,3 +155,11 @@ def test_paths_come_back_by_digest_and_in_the_order_of_the_rows(tmp_path):
     (tmp_path / "pictures" / "order.bin").unlink()
     with pytest.raises(DataError, match=r"order\.bin cannot be read"):
         PicturePaths(tmp_path / "pictures")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "actors", "shards"),
+    [(1, 1, 1), (512, 1, 1), (513, 1, 2), (600, 2, 2), (100, 2, 2), (16, 2, 1), (2000, 2, 4), (1100, 2, 4), (0, 3, 0)],
+)
+def test_actors_share_pictures_evenly(pictures, actors, shards):
+    assert count_shards(pictures, actors, batch_size=16) == shards

@@ -68,6 +68,17 @@ def test_logps_are_those_of_a_full_forward(make_vlm, make_segment, make_batch):
         assert_close(vlm(batch).logps, torch.stack(expected), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("num_answer_tokens", [0, 1, 63, 64, 65])
+def test_the_head_sees_few_shapes_whatever_is_supervised(make_vlm, make_segment, make_batch, num_answer_tokens):
+    """oneDNN compiles a kernel for each and keeps it: memory grew by 10 MB a step."""
+    vlm, seen = make_vlm(), []
+    head = vlm.language_model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    found = vlm(make_batch([[make_segment(0, 3, num_answer_tokens, 1)]]))
+    assert len(found.logps) == num_answer_tokens
+    assert seen == [math.ceil(num_answer_tokens / 64) * 64]
+
+
 def test_sequence_logps_sum_per_segment():
     token_logps = TokenLogps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([1, 3, 1]), torch.zeros(()))
     assert sequence_logps(token_logps, 3).tolist() == [-5.0, 0.0, -2.0]
