@@ -73,7 +73,7 @@ class Encoding:
 
 
 def count_shards(num_pictures: int, num_actors: int, batch_size: int) -> int:
-    """Shards that actors share evenly, of at most `PICTURES_PER_SHARD` pictures and at least a batch where there are many."""
+    """Shards that the actors share evenly, of `PICTURES_PER_SHARD` pictures at most."""
     shards = -(-num_pictures // PICTURES_PER_SHARD)
     even = -(-shards // num_actors) * num_actors
     return min(even, -(-num_pictures // batch_size))
