@@ -73,7 +73,8 @@ class Rates:
         rate, peak = self.actors * VIT_B32_GFLOP, limits.matmul_gflops[precision]
         return (
             f"{self.actors:.1f} pictures/s ({precision}) after a start of {self.start_s:.1f} s, "
-            f"{rate:.0f} GFLOP/s = {rate / peak:.0%} of the product; the tower alone {self.tower:.1f} pictures/s"
+            f"{rate:.0f} GFLOP/s = {rate / peak:.0%} of the product; "
+            f"the tower of one actor alone {self.tower:.1f} pictures/s"
         )
 
 

@@ -1,6 +1,6 @@
 """Every speed figure in one table, beside what is asked and the machine's limits measured in the same run.
 
-    make bench                      # 15 to 30 minutes on two cores; nothing else should run
+    make bench                      # two cores: 10 minutes with bfloat16 units, 15 to 30 without; run nothing else
     python -m benchmarks.table --steps 6 --rows 500 --pictures 64        # a rough look
 
 bfloat16 is used where this CPU has instructions for it, else float32 stands in and the table says so.
@@ -24,7 +24,7 @@ def training(precision: str, steps: int, limits: Limits, *options: str) -> Itera
     """One worker with two threads through Ray Data, Ray Train and DeepSpeed."""
     result = train_ray.compare(train_ray.parse([f"--precision={precision}", f"--steps={steps}", *options]))
     asked = {"bfloat16": ">= 50 samples/s", "float32": ">= 13 samples/s"}[precision]
-    name = " ".join((precision, *options))
+    name = " ".join((precision, "ZeRO-0", *options))
     plain = "; plain loop {:.1f} and {:.1f}".format(*(speed.samples_per_s for speed in result.plain))
     yield f"training, {name}, through Ray and DeepSpeed", asked, f"{result.ray.samples_per_s:.1f} samples/s{plain}"
     yield f"model FLOP/s, {name}", ">= 35 % (bfloat16)", result.ray.matmul_share(limits, precision)

@@ -73,7 +73,8 @@ def main() -> None:
     result = compare(arguments)
     for label, speed in (("plain", result.plain[0]), ("Ray", result.ray), ("plain again", result.plain[1])):
         print(f"{label}: {speed.describe(limits, arguments.precision)}")
-    print(f"Ray over plain, median of the same steps: {result.ratio:.3f}; waiting for data: {result.waiting:.2%}")
+    name = f"Ray (ZeRO-{arguments.zero_stage})"
+    print(f"{name} over plain, median of the same steps: {result.ratio:.3f}; waiting for data: {result.waiting:.2%}")
     print(f"peak memory of the worker: {result.memory_bytes / 2**30:.2f} GiB PSS")
 
 

@@ -73,10 +73,17 @@ class Encoding:
 
 
 def count_shards(num_pictures: int, num_actors: int, batch_size: int) -> int:
-    """Shards that the actors share evenly, of `PICTURES_PER_SHARD` pictures at most."""
-    shards = -(-num_pictures // PICTURES_PER_SHARD)
-    even = -(-shards // num_actors) * num_actors
-    return min(even, -(-num_pictures // batch_size))
+    """Shards of at most `PICTURES_PER_SHARD` pictures: as few as that takes, or a multiple of the actors if that ends
+    sooner. Forwards of the fixed batch shape are counted, so no shard is cut where only padding would be gained.
+    """
+    fewest = -(-num_pictures // PICTURES_PER_SHARD)
+    even = min(-(-fewest // num_actors) * num_actors, num_pictures)
+
+    def forwards_of_the_slowest(count: int) -> int:
+        pictures_each = -(-num_pictures // count)
+        return -(-count // num_actors) * -(-pictures_each // batch_size)
+
+    return min((fewest, even), key=forwards_of_the_slowest)
 
 
 class PictureEncoder:

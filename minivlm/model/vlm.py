@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 HEAD_MULTIPLE = 64
-"""The head computes a multiple of so many tokens. Their number is another in every micro-batch, and oneDNN compiles a
-kernel for each that it meets and keeps it: 20 ms and 10 MB a step (bfloat16, vocabulary 6400; docs/RESULTS.md)."""
+"""The head computes a multiple of so many tokens. Their number is another in every micro-batch, and for bfloat16 oneDNN
+compiles a kernel for each that it meets and keeps it: 20 ms and 10 MB a step (vocabulary 6400; docs/RESULTS.md). A
+micro-batch of 4096 tokens can still have 64 such numbers."""
 
 
 class TokenLogps(NamedTuple):

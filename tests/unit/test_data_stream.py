@@ -158,8 +158,20 @@ def test_paths_come_back_by_digest_and_in_the_order_of_the_rows(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "actors", "shards"),
-    [(1, 1, 1), (512, 1, 1), (513, 1, 2), (600, 2, 2), (100, 2, 2), (16, 2, 1), (2000, 2, 4), (1100, 2, 4), (0, 3, 0)],
+    ("pictures", "actors", "batch_size", "shards"),
+    [
+        (1, 1, 16, 1),
+        (512, 1, 16, 1),
+        (513, 1, 16, 2),
+        (600, 2, 16, 2),
+        (100, 2, 16, 2),
+        (16, 2, 16, 1),
+        (3, 4, 1, 3),
+        (2000, 2, 16, 4),
+        (1100, 2, 64, 4),
+        (2560, 4, 256, 5),  # 8 shards would take 16 forwards instead of 10
+        (4096, 8, 1024, 8),
+    ],
 )
-def test_actors_share_pictures_evenly(pictures, actors, shards):
-    assert count_shards(pictures, actors, batch_size=16) == shards
+def test_actors_share_pictures_evenly(pictures, actors, batch_size, shards):
+    assert count_shards(pictures, actors, batch_size) == shards

@@ -79,6 +79,22 @@ def test_the_head_sees_few_shapes_whatever_is_supervised(make_vlm, make_segment,
     assert seen == [math.ceil(num_answer_tokens / 64) * 64]
 
 
+@pytest.mark.parametrize("num_answer_tokens", [0, 5])
+def test_rows_that_fill_the_shape_change_neither_values_nor_gradients(
+    make_vlm, make_segment, make_batch, num_answer_tokens, monkeypatch
+):
+    batch, found = make_batch([[make_segment(0, 3, num_answer_tokens, 1)]]), []
+    for multiple in (64, 1):
+        monkeypatch.setattr("minivlm.model.vlm.HEAD_MULTIPLE", multiple)
+        vlm = make_vlm()
+        vlm.returns_mean_logps = True
+        output = vlm.train()(batch)
+        (output.logps.sum() + output.mean_logps.square().sum()).backward()
+        found.append([output.logps, output.mean_logps, *(weights.grad for weights in vlm.parameters())])
+    for filled, exact in zip(*found, strict=True):
+        assert_close(filled, exact, atol=1e-6, rtol=1e-5)
+
+
 def test_sequence_logps_sum_per_segment():
     token_logps = TokenLogps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([1, 3, 1]), torch.zeros(()))
     assert sequence_logps(token_logps, 3).tolist() == [-5.0, 0.0, -2.0]
