@@ -26,9 +26,10 @@ from minivlm.data.collate import unpack_batch
 from minivlm.data.features import FeatureCache
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
+from minivlm.train.engine import _quiet_start
 from minivlm.train.feed import newest_step
 from minivlm.train.job import StageJob, count_steps, plan_training
-from minivlm.train.loop import StageWorker, train_loop  # before DeepSpeed's Muon, which compiles when imported
+from minivlm.train.loop import StageWorker, train_loop
 from tests.forks import Forked, join
 from tests.tiny_export import NUM_IMAGE_TOKENS, WIDTH, build_export
 
@@ -36,6 +37,7 @@ NUM_SAMPLES, NUM_VALIDATION = 10, 4
 FIRST_ANSWER = 200
 GROUP_TIMEOUT_S = 90
 
+_quiet_start(torch.device("cpu"))  # as every engine does first: else Muon's products are compiled when imported
 original_muon = importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
 
 # What loading a model does once per process, half of a run's time here: done before the template is forked.
