@@ -7,7 +7,6 @@ bfloat16 is used where this CPU has instructions for it, else float32 stands in 
 """
 
 import argparse
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -68,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
