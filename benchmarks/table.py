@@ -21,9 +21,10 @@ Row = tuple[str, str, str]
 
 def training(precision: str, steps: int, limits: Limits, *options: str) -> Iterator[Row]:
     """One worker with two threads through Ray Data, Ray Train and DeepSpeed."""
-    result = train_ray.compare(train_ray.parse([f"--precision={precision}", f"--steps={steps}", *options]))
+    arguments = train_ray.parse([f"--precision={precision}", f"--steps={steps}", *options])
+    result = train_ray.compare(arguments)
     asked = {"bfloat16": ">= 50 samples/s", "float32": ">= 13 samples/s"}[precision]
-    name = " ".join((precision, "ZeRO-0", *options))
+    name = " ".join((precision, f"ZeRO-{arguments.zero_stage}", *options))
     plain = "; plain loop {:.1f} and {:.1f}".format(*(speed.samples_per_s for speed in result.plain))
     yield f"training, {name}, through Ray and DeepSpeed", asked, f"{result.ray.samples_per_s:.1f} samples/s{plain}"
     yield f"model FLOP/s, {name}", ">= 35 % (bfloat16)", result.ray.matmul_share(limits, precision)

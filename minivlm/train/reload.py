@@ -101,10 +101,10 @@ def probe_logits(model: MiniVLM, forward: Callable[[Batch], Any], batch: Batch) 
     head = model.language_model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, output: seen.append(output.float()))
     try:
-        forward(batch)
+        found = forward(batch)
     finally:
         handle.remove()
-    return seen[0][: int((batch["labels"][:, 1:] != IGNORE).sum())]  # the head computes some more
+    return seen[0][: len(found.logps)]  # the head computes some more
 
 
 def check_reload(
