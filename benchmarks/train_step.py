@@ -27,7 +27,7 @@ from minivlm.data.collate import Batch, collate
 from minivlm.data.features import FeatureCache
 from minivlm.data.plan import plan_epoch
 from minivlm.data.tokens import TokenTable
-from minivlm.model.fast_layers import compile_layers, use_matrix_attention
+from minivlm.model.fast_layers import compile_model, use_segment_attention
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
@@ -76,9 +76,9 @@ class Trainer:
     def __init__(self, model: MiniVLM, precision: str, device: torch.device, *, compiles: bool = False) -> None:
         self.device = device
         self.model = model.to(device=device, dtype=TYPES[precision]).train()
-        use_matrix_attention(self.model.language_model, precision, device)
+        use_segment_attention(self.model)
         if compiles:
-            compile_layers(self.model.language_model, device)
+            compile_model(self.model, device)
         self.weights = list(self.model.parameters())
         self.master = self.weights
         if precision == "bfloat16":

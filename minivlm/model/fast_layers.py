@@ -1,7 +1,8 @@
-"""Faster layers of a stock language model in training: attention by matrix products, and torch.compile.
+"""Faster layers of a stock language model in training: attention sample by sample, and torch.compile.
 
-In bfloat16 on a CPU torch's fused attention is slow to differentiate: forward and backward of 16 rows of 96 tokens with
-16 heads of width 32 took 36.8 ms, and 5.6 ms by matrix products (2 threads, AMX; docs/RESULTS.md). Called by
+Samples of 64 to 98 tokens lie two in a row of 184: under a mask half of the scores are between samples. In bfloat16 on a
+CPU torch's fused attention is slow to differentiate (16 rows of 96 tokens with 16 heads of width 32: 36.8 ms forward and
+backward, 5.6 by matrix products), so short samples take products there (docs/RESULTS.md). Called by
 `minivlm.train.initial` and, to compare exports, `minivlm.train.reload`.
 """
 
@@ -14,68 +15,100 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minivlm.model.lora import decoder_layers
+from minivlm.model.segments import SegmentLayout
+from minivlm.model.vlm import MiniVLM
 
-NAME = "minivlm_matrix"
-ARCHITECTURES = ("llama", "qwen3", "qwen3_moe")
-LONGEST_ROW = 512
-"""Tokens. Weights in memory grow with the square: longer rows take the fused kernel."""
+NAME = "minivlm_segments"
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+LONGEST_PRODUCT = 512
+"""Tokens. Weights in memory grow with the square: longer samples take the fused kernel."""
 
 
-def use_matrix_attention(language_model: PreTrainedModel, precision: str, device: torch.device) -> None:
-    """Choose this attention where it is faster and known to be the same; elsewhere the model keeps its own.
+def use_segment_attention(vlm: MiniVLM) -> None:
+    """Let a model that is known to need nothing else attend sample by sample (`minivlm.model.segments`).
 
-    Only for `ARCHITECTURES` without biases of queries and keys: others pass arguments of their own, or have large
-    scores, which bfloat16 rounds here (as in transformers' eager attention) but not in the fused kernel. No export
-    remembers the choice.
+    Others (of unknown architecture, or with a sliding window) keep rows and a mask. No export remembers the choice.
     """
-    config = language_model.config
-    is_known = config.model_type in ARCHITECTURES and not getattr(config, "attention_bias", False)
-    if precision == "bfloat16" and device.type == "cpu" and is_known:
-        AttentionInterface.register(NAME, matrix_attention)
-        language_model.set_attn_implementation(NAME)
+    config = vlm.language_model.config
+    if config.model_type in ARCHITECTURES and not getattr(config, "use_sliding_window", False):
+        AttentionInterface.register(NAME, segment_attention)
+        vlm.language_model.set_attn_implementation(NAME)
+        vlm.attends_by_segment = True
 
 
-def matrix_attention(
+def segment_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float,
-    dropout: float = 0.0,
+    layout: SegmentLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(query key^T * scaling + mask) value, by transformers' contract of an attention function.
+    """Causal attention within each sample, by transformers' contract of an attention function.
 
     Args:
-        query: [B, H, T, D].
-        key, value: [B, G, T, D]; head h reads group h // (H / G).
-        attention_mask: additive, [B, 1, T, T]; without one the fused kernel runs.
+        query: [1, H, M, D], or [B, H, T, D] without a layout.
+        key, value: as many tokens of G heads; head h reads group h // (H / G).
+        attention_mask: without a layout, as for transformers' own function, which then runs.
 
     Returns:
-        [B, T, H, D], and no weights.
+        [1, M, H, D], zeros for padding, and no weights.
     """
-    batch, heads, length, width = query.shape
-    if length > LONGEST_ROW or attention_mask is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
-        )
-    grouped = (batch, key.shape[1], -1)
-    scores = (query.reshape(*grouped, width) * scaling) @ key.transpose(-1, -2)
-    weights = (scores.view(batch, heads, length, length) + attention_mask).softmax(dim=-1)
-    weights = functional.dropout(weights, dropout, training=module.training)
-    mixed = weights.view(*grouped, length) @ value
-    return mixed.view(batch, heads, length, width).transpose(1, 2), None
+    if layout is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+        return output, None
+    return _attend(module, query, key, value, layout, others["scaling"], others.get("dropout", 0.0)), None
 
 
-def compile_layers(language_model: PreTrainedModel, device: torch.device) -> None:
-    """torch.compile each decoder layer in place. All layers share what is compiled: for rows of any length, and again
-    for some special shapes (one row, as many rows as tokens).
+@torch.compiler.disable
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scaling: float, dropout: float
+) -> Tensor:
+    states = zip(layout.split(query), layout.split(key), layout.split(value), strict=True)
+    products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not _has_bias(module)
+    parts = []
+    for part in states:
+        if products and part[0].shape[2] <= LONGEST_PRODUCT:
+            parts.append(causal_products(*part, scaling=scaling, dropout=dropout if module.training else 0.0))
+        else:
+            output, _ = sdpa_attention_forward(module, *part, None, scaling=scaling, dropout=dropout, is_causal=True)
+            parts.append(output.transpose(1, 2))
+    return layout.join(parts)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return module.config.model_type == "qwen2" or getattr(module.config, "attention_bias", False)
+
+
+def causal_products(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
+    """softmax(query key^T * scaling, causal) value in bfloat16 throughout, as transformers' eager attention rounds it.
+
+    Args:
+        query: [N, H, T, D].
+        key, value: [N, G, T, D]; head h reads group h // (H / G).
+
+    Returns:
+        [N, H, T, D].
+    """
+    count, heads, length, width = query.shape
+    products, per_group = count * key.shape[1], heads // key.shape[1] * length
+    mask = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
+    mask = mask.repeat(heads // key.shape[1], 1)
+    query = query.reshape(products, per_group, width)
+    key, value = key.reshape(products, length, width), value.reshape(products, length, width)
+    weights = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).softmax(dim=-1)
+    weights = functional.dropout(weights, dropout)
+    return (weights @ value).view(count, heads, length, width)
+
+
+def compile_model(vlm: MiniVLM, device: torch.device) -> None:
+    """torch.compile each decoder layer and the loss of the head, in place. All layers share what is compiled.
 
     Raises:
         ValueError: no C++ compiler or no headers of Python, which a CPU needs.
@@ -85,5 +118,6 @@ def compile_layers(language_model: PreTrainedModel, device: torch.device) -> Non
         if shutil.which(compiler) is None or not header.is_file():
             raise ValueError("torch.compile needs g++ and python3-dev: install them, or type train.compile=false")
     torch._dynamo.config.recompile_limit = 64  # at the usual 8 later shapes would run as they are, by order of arrival
-    for layer in decoder_layers(language_model):
+    for layer in decoder_layers(vlm.language_model):
         layer.compile(dynamic=True)
+    vlm.logps_of = torch.compile(vlm.logps_of)  # dynamic=True would divide by the vocabulary's size in every loop

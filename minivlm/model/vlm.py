@@ -4,11 +4,13 @@
 computed at supervised positions only: elsewhere they would be the largest tensor and nobody would read them.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from minivlm.model.segments import SegmentLayout, flatten_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
@@ -44,8 +46,12 @@ class MiniVLM(nn.Module):
         self.projector = projector
         self.language_model = language_model
         self.image_token_id = image_token_id
+        self.attends_by_segment = False
+        """Whether the language model takes a `SegmentLayout` in the place of rows and a mask."""
         self.returns_mean_logps = False
         """Whether a forward in training mode returns `mean_logps`, which label smoothing needs."""
+        self.logps_of = target_logps
+        """`target_logps`, perhaps compiled."""
         text_config = language_model.config.get_text_config().to_dict()
         self.router_loss_coef = float(text_config.get("router_aux_loss_coef", 0.0))
         self.num_experts_per_token = int(text_config.get("num_experts_per_tok") or 0)
@@ -63,14 +69,20 @@ class MiniVLM(nn.Module):
         Raises:
             ValueError: placeholders unlike the pictures.
         """
+        if self.attends_by_segment:
+            batch = flatten_rows(batch, pad_token_id=int(self.image_token_id == 0))  # any token but a placeholder
         inputs_embeds = self.embed(batch["input_ids"], batch["image_features"], batch["image_index"])
         segment_ids = batch["segment_ids"]
+        if self.attends_by_segment:
+            attention: dict[str, Any] = {"attention_mask": None, "layout": SegmentLayout(segment_ids)}
+        else:
+            attention = {"attention_mask": document_mask(segment_ids, inputs_embeds.dtype)}
         router = {"output_router_logits": True} if self.num_experts_per_token else {}
         outputs = self.language_model.get_decoder()(
             inputs_embeds=inputs_embeds,
-            attention_mask=document_mask(segment_ids, inputs_embeds.dtype),
             position_ids=batch["position_ids"],
             use_cache=False,
+            **attention,
             **router,
         )
         targets = batch["labels"][:, 1:]
@@ -78,13 +90,10 @@ class MiniVLM(nn.Module):
         hidden_states = outputs.last_hidden_state[:, :-1][is_supervised]
         num_supervised = len(hidden_states)
         padded = functional.pad(hidden_states, (0, 0, 0, -num_supervised % HEAD_MULTIPLE))
-        logits = self.language_model.get_output_embeddings()(padded)[:num_supervised].float()
-        answers = targets[is_supervised]
-        logps = -functional.cross_entropy(logits, answers, reduction="none")
-        mean_logps = None
-        if self.returns_mean_logps and self.training:
-            mean_logps = logps + logits.mean(dim=-1) - logits.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
-        aux_loss = logits.new_zeros(())
+        logits = self.language_model.get_output_embeddings()(padded)
+        with_mean = self.returns_mean_logps and self.training
+        logps, mean_logps = self.logps_of(logits, targets[is_supervised], with_mean)
+        aux_loss = logps.new_zeros(())
         if self.num_experts_per_token:
             balance = load_balancing_loss(outputs.router_logits, segment_ids != 0, self.num_experts_per_token)
             aux_loss = self.router_loss_coef * balance
@@ -115,6 +124,20 @@ class MiniVLM(nn.Module):
                 "every picture needs one `<image>` in the text, expanded for this tower and projector. Prepare again"
             )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
+
+
+def target_logps(logits: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target and, if asked for, the mean over the whole vocabulary, both [M] float32.
+
+    Args:
+        logits: [at least M, V]; rows beyond the targets are not read.
+        targets: [M] int64.
+    """
+    logits = logits[: len(targets)].float()
+    logps = -functional.cross_entropy(logits, targets, reduction="none")
+    if not with_mean:
+        return logps, None
+    return logps, logps + logits.mean(dim=-1) - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def document_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:

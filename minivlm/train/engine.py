@@ -8,7 +8,7 @@ they are multiplied by the world size here, and the gradient is that of the sum 
 import logging
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minivlm.train.masters import MasterWeights, clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 from minivlm.train.zero import ZeroState
 
@@ -63,23 +64,33 @@ class Engine:
         """
         _quiet_start(device)
         self._settings, self._total_steps = optimizer, total_steps
-        self._is_plain = zero_stage == 0 and precision == "float32"
+        self._is_sharded = zero_stage > 0
         self.world_size = dist.get_world_size()
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         uses_muon = optimizer.muon_learning_rate > 0
         self._clip_norm = math.inf if uses_muon else optimizer.clip_norm
-        clip_norm = 0.0 if self._is_plain or uses_muon else optimizer.clip_norm
+        clip_norm = optimizer.clip_norm if self._is_sharded and not uses_muon else 0.0
         config = deepspeed_config(zero_stage, precision, clip_norm=clip_norm, uses_muon=uses_muon, offload=offload)
         model = model.to(device)
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in learning.items()}
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model, optimizer), config=config)
+        self._updated: dict[str, nn.Parameter] = learning
+        """At ZeRO-0 what the optimizer updates: the weights, or their float32 copies."""
+        if precision == "bfloat16" and not self._is_sharded:
+            masters = MasterWeights(learning, lambda named: make_optimizer(named, optimizer))
+            model, updater, self._updated = model.bfloat16(), masters, masters.masters
+        else:
+            updater = make_optimizer(learning.items(), optimizer)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=updater, config=config)
+        if not self._is_sharded and self.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients to a bucket and back
         self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.module: nn.Module = self._engine.module
         self._state = ZeroState(
             self._engine.optimizer,
             learning,
             sizes,
+            updated=self._updated,
             zero_stage=zero_stage,
             precision=precision,
             rank=dist.get_rank(),
@@ -100,12 +111,14 @@ class Engine:
         rate = learning_rate_at(step, self._total_steps, self._settings)
         for group, peak in zip(self._engine.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = rate * (peak / self._settings.learning_rate)
-        if self._is_plain:
-            grad_norm = nn.utils.clip_grad_norm_(self._engine.module.parameters(), self._clip_norm)
+        if self._is_sharded:
             self._engine.step()
-            return StepReport(rate, float(grad_norm))
+            return StepReport(rate, float(self._engine.get_global_grad_norm()))
+        if isinstance(self._engine.optimizer, MasterWeights):
+            self._engine.optimizer.take_gradients()
+        grad_norm = clip_gradients(self._updated, self._clip_norm)
         self._engine.step()
-        return StepReport(rate, float(self._engine.get_global_grad_norm()))
+        return StepReport(rate, grad_norm)
 
     def save(self, directory: Path) -> None:
         """Write every rank's share of the weights and moments under `directory` (shared by all ranks)."""
@@ -124,32 +137,38 @@ class Engine:
     def gather_state_dict(self, *, learning_only: bool = False) -> dict[str, Tensor] | None:
         """Full float32 weights by parameter name, on rank 0 (None elsewhere); tied weights appear once.
 
-        With `learning_only` without the frozen ones. With bfloat16, frozen parts and ZeRO stage 0 give the rounded
-        weights that training computed with.
+        With `learning_only` without the frozen ones. With bfloat16, frozen parts give the rounded weights that training
+        computed with.
         """
         weights: dict[str, Tensor] = {}
         is_first = dist.get_rank() == 0
         for parameter in self._engine.module.parameters():
             if learning_only and not parameter.requires_grad:
                 continue
-            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            name = self._names[id(parameter)]
+            if not parameter.requires_grad:
+                full = None
+            elif self._is_sharded:
+                full = safe_get_full_fp32_param(parameter)
+            else:
+                full = self._updated[name]
             if full is None:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     full = parameter.data.float()
             if is_first:
-                weights[self._names[id(parameter)]] = full.detach().cpu().clone()
+                weights[name] = full.detach().cpu().clone()
         return weights if is_first else None
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW, or DeepSpeed's Muon with AdamW beside it (ZeRO orthogonalises whole matrices before it shards them)."""
     betas = (0.9, settings.beta2)
     if not settings.muon_learning_rate:
-        groups = decay_groups(model.parameters(), settings.weight_decay)
+        groups = decay_groups((parameter for _, parameter in named), settings.weight_decay)
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # compiles functions when imported
 
-    groups = muon_groups(model.named_parameters(), settings)
+    groups = muon_groups(named, settings)
     for group in groups:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
@@ -180,10 +199,9 @@ def deepspeed_config(
         config["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs there too, and needs no compiler
     if offload == "optimizer_and_parameters":
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
-    if precision == "bfloat16":
+    if precision == "bfloat16" and zero_stage:  # at stage 0 the master weights are ours
         config["bf16"] = {"enabled": True}
-        if zero_stage:
-            config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 

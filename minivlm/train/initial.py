@@ -12,7 +12,7 @@ from torch import Tensor
 from minivlm.config.train import LoraConfig
 from minivlm.data.features import FeatureCache
 from minivlm.model.export import load_export
-from minivlm.model.fast_layers import compile_layers, use_matrix_attention
+from minivlm.model.fast_layers import compile_model, use_segment_attention
 from minivlm.model.language import build_language_model
 from minivlm.model.lora import add_adapters, decoder_layers, merge_adapters, quantise
 from minivlm.model.projector import build_projector, whiten_input
@@ -49,8 +49,8 @@ def initial_model(job: StageJob) -> MiniVLM:
 
 
 def prepare_model(model: MiniVLM, job: StageJob, device: torch.device) -> None:
-    """Make of the initial weights what the stage trains: frozen parts, adapters, dropout, checkpointed layers, and
-    the attention that is fast where it runs.
+    """Make of the initial weights what the stage trains: frozen parts, adapters, dropout, checkpointed and compiled
+    layers, attention sample by sample.
 
     Raises:
         TrainingError: the language model cannot be trained as the settings say.
@@ -84,10 +84,10 @@ def prepare_model(model: MiniVLM, job: StageJob, device: torch.device) -> None:
             model.language_model.disable_input_require_grads()  # only reentrant checkpoints need them
         if train.compile:
             key = "train.compile"
-            compile_layers(model.language_model, device)
+            compile_model(model, device)
     except ValueError as error:
         raise TrainingError(f"{key}: {error}") from error
-    use_matrix_attention(model.language_model, train.precision, device)
+    use_segment_attention(model)
     model.returns_mean_logps = settings.label_smoothing > 0
 
 

@@ -17,7 +17,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import IGNORE, TokenTable
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.model.export import load_export
-from minivlm.model.fast_layers import compile_layers, use_matrix_attention
+from minivlm.model.fast_layers import compile_model, use_segment_attention
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine
 from minivlm.train.job import StageJob, plan_training
@@ -140,9 +140,9 @@ def check_reload(
             raise CheckpointError(f"{directory}: {name} is not read as it was written")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     vlm = vlm.to(live_logits.device, dtype)
-    use_matrix_attention(vlm.language_model, precision, live_logits.device)  # as the live model
+    use_segment_attention(vlm)  # as the live model
     if is_compiled:
-        compile_layers(vlm.language_model, live_logits.device)
+        compile_model(vlm, live_logits.device)
     batch = {name: tensor.to(live_logits.device) for name, tensor in batch.items()}
     difference = float((probe_logits(vlm, vlm, batch) - live_logits).abs().max())
     tolerance = (ROUNDED_TOLERANCE if is_rounded else TOLERANCE)[precision] * float(live_logits.abs().max())

@@ -3,7 +3,7 @@
 | ZeRO stage, precision | optimizer | float32 weights of a parameter |
 |---|---|---|
 | 0 float32 | torch's own | the parameter itself, on every worker |
-| 0 bfloat16 | FP16_UnfusedOptimizer | a copy of each parameter, on every worker |
+| 0 bfloat16 | `MasterWeights` | a copy of each parameter, on every worker |
 | 1, 2 (1 bfloat16: BF16_Optimizer) | DeepSpeedZeroOptimizer | a run in the worker's flat partition of its group |
 | 3 | DeepSpeedZeroOptimizer_Stage3 | an equal run on every worker, the last one padded |
 
@@ -56,6 +56,7 @@ class ZeroState:
         learning: dict[str, nn.Parameter],
         sizes: dict[str, int],
         *,
+        updated: dict[str, nn.Parameter],
         zero_stage: int,
         precision: str,
         rank: int,
@@ -66,13 +67,13 @@ class ZeroState:
         Args:
             learning: parameters that learn, by name.
             sizes: their elements; ZeRO-3 leaves the parameters themselves empty.
+            updated: at stage 0 what the optimizer updates, by name; else unused.
         """
         self._optimizer, self._learning, self._sizes, self._zero_stage = optimizer, learning, sizes, zero_stage
         self._rank, self._world_size = rank, world_size
-        self._is_plain = zero_stage == 0 and precision == "float32"
-        self._base: torch.optim.Optimizer = optimizer if self._is_plain else optimizer.optimizer
+        self._base: torch.optim.Optimizer = optimizer.optimizer if zero_stage else optimizer
         self._has_whole_momenta = zero_stage == 2 or (zero_stage == 1 and precision == "float32")
-        self._names = {id(parameter): name for name, parameter in learning.items()}
+        self._names = {id(parameter): name for name, parameter in (learning if zero_stage else updated).items()}
         self._held = list(self._find())
 
     def save(self, directory: Path) -> None:
@@ -117,8 +118,7 @@ class ZeroState:
                 continue
             for key in ADAM_KEYS:
                 state[key] = torch.zeros_like(held.buffer)
-            empty_steps = state.get("step", 0.0)  # FP16_UnfusedOptimizer starts with one
-            state["step"] = torch.tensor(float(updates), device=held.buffer.device) + empty_steps
+            state["step"] = torch.tensor(float(updates), device=held.buffer.device)
 
     def _refresh_stage_3(self) -> None:
         """Give forward the new weights: each worker its partition, then the small ones that stay whole."""
@@ -132,13 +132,11 @@ class ZeroState:
             whole[0].all_gather(whole)
 
     def _find(self) -> Iterator[Held]:
-        optimizer, base = self._optimizer, self._base
+        base = self._base
         if self._zero_stage == 0:
-            groups = [group["params"] for group in base.param_groups]
-            for number, buffers in enumerate(groups):
-                working = buffers if self._is_plain else optimizer.fp16_groups[number]
-                for weights, buffer in zip(working, buffers, strict=True):
-                    yield Held(self._names[id(weights)], number, buffer, 0, 0, buffer.numel())
+            for number, group in enumerate(base.param_groups):
+                for buffer in group["params"]:
+                    yield Held(self._names[id(buffer)], number, buffer, 0, 0, buffer.numel())
         elif self._zero_stage == 3:
             yield from self._find_stage_3()
         else:

@@ -1,11 +1,12 @@
 """The DeepSpeed engine against a plain torch loop on one gloo rank."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from minivlm.model.checkpoint import CheckpointError
@@ -14,6 +15,7 @@ from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.engine import Engine
 from minivlm.train.losses import RewardShift
+from minivlm.train.masters import clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
 
@@ -138,6 +140,46 @@ def test_bfloat16_stays_near_float32(zero_stage: int):
     losses, _ = run_plain(tiny_vlm())
     engine_losses, _ = run_engine(make_engine(zero_stage, "bfloat16"), range(STEPS))
     assert_close(torch.tensor(engine_losses), torch.tensor(losses), atol=0.03, rtol=0)
+
+
+def test_stage_0_in_bfloat16_is_a_plain_loop_with_float32_copies():
+    """To the bit, and what is gathered are the copies, not the rounded weights that compute."""
+    model = tiny_vlm()
+    masters = {name: weights.detach().clone().requires_grad_() for name, weights in model.named_parameters()}
+    groups = decay_groups(masters.values(), SETTINGS.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, SETTINGS.beta2), fused=True)
+    model, norms = model.bfloat16(), []
+    for step in range(STEPS):
+        batches = step_batches(step)
+        totals = StepTotals(sum(int(count_totals(batch)[0]) for batch in batches))
+        for batch in batches:
+            token_loss(model(batch), batch, totals, LossSettings(), RewardShift()).loss.backward()
+        for name, weights in model.named_parameters():
+            masters[name].grad, weights.grad = weights.grad.float(), None
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), SETTINGS.clip_norm)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, STEPS, SETTINGS)
+        optimizer.step()
+        for name, weights in model.named_parameters():
+            weights.data.copy_(masters[name].detach())
+    engine = make_engine(0, "bfloat16")
+    assert run_engine(engine, range(STEPS))[1] == norms
+    gathered = engine.gather_state_dict()
+    assert_close(gathered, {name: weights.detach() for name, weights in masters.items()}, atol=0, rtol=0)
+    assert any(not torch.equal(weights, weights.bfloat16().float()) for weights in gathered.values())
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, math.inf])
+def test_gradients_are_clipped_together(clip_norm: float):
+    generator = torch.Generator().manual_seed(0)
+    parameters = {str(size): nn.Parameter(torch.zeros(size)) for size in (3, 5, 7)}
+    for name in ("3", "5"):  # the third was not reached
+        parameters[name].grad = torch.randn(int(name), generator=generator)
+    before = torch.cat([parameters["3"].grad, parameters["5"].grad]).clone()
+    assert clip_gradients(parameters, clip_norm) == pytest.approx(float(before.norm()))
+    after = torch.cat([parameters["3"].grad, parameters["5"].grad])
+    assert_close(after, before * min(1.0, clip_norm / float(before.norm())))
+    assert parameters["7"].grad is None
 
 
 def run_plain_muon(model: MiniVLM) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
 from minivlm.model.checkpoint import MANIFEST, CheckpointError
 from minivlm.model.export import load_export
-from minivlm.model.fast_layers import use_matrix_attention
+from minivlm.model.fast_layers import use_segment_attention
 from minivlm.model.generate import Prompt, generate
 from minivlm.model.vlm import sequence_logps
 from minivlm.train import loop
@@ -157,6 +157,7 @@ def flip_a_bit(export: Path, name: str = "language_model.model.layers.0.mlp.down
 def test_another_models_logits_are_told_apart(tiny_parts: Path, tmp_path: Path):
     job = replace(stage_job(tiny_parts, tmp_path), initial_export=tiny_parts / "export")
     vlm, batch = load_export(tiny_parts / "export").vlm, probe_batch(job)
+    use_segment_attention(vlm)
     logits = probe_logits(vlm, vlm, batch)
     assert logits.shape[0] == int((batch["segment_ids"] != 0)[:, 1:].sum())
     settings = {"precision": "float32", "is_rounded": False}
@@ -171,7 +172,7 @@ def test_the_export_is_compared_under_the_attention_that_trained_it(tiny_parts: 
     written, live = (load_export(tiny_parts / "export").vlm for _ in range(2))
     live, batch = live.bfloat16(), probe_batch(job)
     fused = probe_logits(live, live, batch)
-    use_matrix_attention(live.language_model, "bfloat16", torch.device("cpu"))
+    use_segment_attention(live)
     logits = probe_logits(live, live, batch)
     assert not torch.equal(logits, fused)
     settings = {"precision": "bfloat16", "is_rounded": False}

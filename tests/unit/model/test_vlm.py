@@ -9,7 +9,22 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from minivlm.model.fast_layers import use_segment_attention
 from minivlm.model.vlm import TokenLogps, count_parameters, document_mask, load_balancing_loss, sequence_logps
+
+
+@pytest.fixture(params=[False, True], ids=["rows", "segments"])
+def make_vlm(make_vlm, request):
+    """Models that attend over rows under a mask, and sample by sample."""
+
+    def make(*args, **kwargs):
+        vlm = make_vlm(*args, **kwargs)
+        if request.param:
+            use_segment_attention(vlm)
+        return vlm
+
+    return make
+
 
 few_examples = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
