@@ -1,9 +1,10 @@
-"""Share of padding that the batch plan leaves, on captions and on a long-tailed distribution.
+"""Share of padding that training computes, on captions and on a long-tailed distribution.
 
     python -m benchmarks.padding
 
-Beside it what batches of equally many samples, padded to their longest, would compute (drawn at random, as a plain
-DataLoader does), and the plan's time per sample. Needs numpy only.
+Models that attend sample by sample compute a micro-batch as one line of tokens; for others ("in rows") the plan packs
+samples into rows. Beside them what batches of equally many samples, padded to their longest, would compute (drawn at
+random, as a plain DataLoader does), and the plan's time per sample.
 """
 
 import time
@@ -13,12 +14,22 @@ import numpy as np
 
 from benchmarks.workload import caption_lengths, long_tailed_lengths, total_lengths
 from minivlm.data.plan import PlannedStep, padded_length, plan_epoch
+from minivlm.model.segments import line_length
 
 NUM_SAMPLES, SEED = 20_000, 0
 
 
 def padding_share(steps: list[PlannedStep], lengths: np.ndarray) -> float:
-    """Computed tokens that are padding, as a share of all computed tokens."""
+    """Computed tokens that are padding, as a share of all computed tokens: every micro-batch is one line."""
+    computed = 0
+    for step in steps:
+        for rows in step.micro_batches:
+            computed += line_length(sum(int(lengths[entry]) for row in rows for entry in row))
+    return 1 - int(lengths.sum()) / computed
+
+
+def share_in_rows(steps: list[PlannedStep], lengths: np.ndarray) -> float:
+    """The same where every row of a micro-batch is as long as its longest."""
     computed = 0
     for step in steps:
         for rows in step.micro_batches:
@@ -58,9 +69,10 @@ def cases() -> Iterator[tuple[str, np.ndarray, int, list[PlannedStep], float]]:
 
 def main() -> None:
     """Print one row per distribution and layout."""
-    print("lengths | padding | plain batches | plan, us per sample")
+    print("lengths | padding | in rows | plain batches | plan, us per sample")
     for name, lengths, batch_size, steps, micros in cases():
-        print(f"{name} | {padding_share(steps, lengths):.1%} | {plain_share(lengths, batch_size):.1%} | {micros:.0f}")
+        shares = (padding_share(steps, lengths), share_in_rows(steps, lengths), plain_share(lengths, batch_size))
+        print(f"{name} | " + " | ".join(f"{share:.1%}" for share in shares) + f" | {micros:.0f}")
 
 
 if __name__ == "__main__":

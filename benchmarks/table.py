@@ -47,7 +47,8 @@ def rows(arguments: argparse.Namespace, limits: Limits, precision: str) -> Itera
     yield "10x the rows: preparation time per row", "<= 1.15x", f"{growth.time_per_row:.2f}x"
     yield "10x the rows: peak memory", "<= 1.1x", f"{growth.peak_memory:.2f}x"
     for name, lengths, _, steps, _ in padding.cases():
-        yield f"padding, {name}", "<= 5 %", f"{padding.padding_share(steps, lengths):.1%}"
+        share, in_rows = padding.padding_share(steps, lengths), padding.share_in_rows(steps, lengths)
+        yield f"padding, {name}", "<= 5 %", f"{share:.1%} (in rows {in_rows:.1%})"
 
 
 def main() -> None:

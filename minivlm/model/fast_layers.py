@@ -1,8 +1,8 @@
 """Faster layers of a stock language model in training: attention sample by sample, and torch.compile.
 
-Samples of 64 to 98 tokens lie two in a row of 184: under a mask half of the scores are between samples. In bfloat16 on a
-CPU torch's fused attention is slow to differentiate (16 rows of 96 tokens with 16 heads of width 32: 36.8 ms forward and
-backward, 5.6 by matrix products), so short samples take products there (docs/RESULTS.md). Called by
+Samples of 64 to 98 tokens lie two in a row of 184: under a mask half of the scores are between samples. In bfloat16 on
+a CPU torch's fused attention is slow to differentiate (16 rows of 96 tokens with 16 heads of width 32: 36.8 ms forward
+and backward, 5.6 by matrix products), so short samples take products there (docs/RESULTS.md). Called by
 `minivlm.train.initial` and, to compare exports, `minivlm.train.reload`.
 """
 

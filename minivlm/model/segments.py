@@ -101,6 +101,11 @@ def _take(rows: Tensor, index: Rows) -> Tensor:
     return rows.index_select(0, index[0]).index_fill_(0, index[1], 0.0)
 
 
+def line_length(num_tokens: int) -> int:
+    """Tokens computed for a micro-batch of so many, padding included; at least one multiple."""
+    return max(1, -(-num_tokens // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
+
+
 def flatten_rows(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
     """The same micro-batch in one line of a multiple of `TOKEN_MULTIPLE` tokens, its other columns as they are.
 
@@ -111,7 +116,7 @@ def flatten_rows(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tenso
         These as [1, M], in reading order, padding at the end.
     """
     tokens = batch["segment_ids"].flatten().nonzero().squeeze(1)
-    missing = -len(tokens) % TOKEN_MULTIPLE if len(tokens) else TOKEN_MULTIPLE
+    missing = line_length(len(tokens)) - len(tokens)
     padding = {"input_ids": pad_token_id, "labels": -100, "position_ids": 0, "segment_ids": 0}
     lines = {
         name: functional.pad(batch[name].flatten()[tokens], (0, missing), value=value).unsqueeze(0)
