@@ -114,11 +114,14 @@ class Engine:
         if self._is_sharded:
             self._engine.step()
             return StepReport(rate, float(self._engine.get_global_grad_norm()))
+        updated = self._updated.values()
         if isinstance(self._engine.optimizer, MasterWeights):
-            self._engine.optimizer.take_gradients()
-        grad_norm = clip_gradients(self._updated, self._clip_norm)
+            norm = self._engine.optimizer.take_gradients()
+        else:
+            norm = nn.utils.get_total_norm([weights.grad for weights in updated if weights.grad is not None])
+        clip_gradients(updated, norm, self._clip_norm)
         self._engine.step()
-        return StepReport(rate, grad_norm)
+        return StepReport(rate, float(norm))
 
     def save(self, directory: Path) -> None:
         """Write every rank's share of the weights and moments under `directory` (shared by all ranks)."""

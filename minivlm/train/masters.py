@@ -4,7 +4,7 @@ DeepSpeed's own FP16_UnfusedOptimizer goes over all gradients three times more, 
 float16 has and for norms that clipping takes again (docs/RESULTS.md). Called by `minivlm.train.engine`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -33,17 +33,25 @@ class MasterWeights(torch.optim.Optimizer):
         self.param_groups, self.state = self._optimizer.param_groups, self._optimizer.state
 
     @torch.no_grad()
-    def take_gradients(self) -> None:
-        """Move the gradients of the weights to their copies, in float32; their memory is kept for the next step."""
+    def take_gradients(self) -> Tensor:
+        """Move the gradients of the weights to their copies, in float32; their memory is kept for the next step.
+
+        Returns:
+            The norm over all of them, taken of each while it is in the cache.
+        """
+        norms = []
         for name, weights in self.working.items():
             master = self.masters[name]
             if weights.grad is None:
                 master.grad = None
-            elif master.grad is None:
+                continue
+            if master.grad is None:
                 master.grad = weights.grad.float()
             else:
                 master.grad.copy_(weights.grad)
             weights.grad = None
+            norms.append(torch.linalg.vector_norm(master.grad))
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -53,10 +61,7 @@ class MasterWeights(torch.optim.Optimizer):
             weights.copy_(self.masters[name])
 
 
-def clip_gradients(parameters: Mapping[str, nn.Parameter], clip_norm: float) -> float:
-    """Scale gradients down to a norm over all of them; returns the norm before. Below it nothing is touched."""
-    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-    norm: Tensor = nn.utils.get_total_norm(gradients)
+def clip_gradients(parameters: Collection[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+    """Scale gradients down from their norm over all of them to another; below that nothing is touched."""
     if float(norm) > clip_norm:
-        nn.utils.clip_grads_with_norm_(parameters.values(), clip_norm, norm)
-    return float(norm)
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
