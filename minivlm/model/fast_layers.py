@@ -47,6 +47,8 @@ def segment_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
+    scaling: float,
+    dropout: float = 0.0,
     layout: SegmentLayout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -61,9 +63,10 @@ def segment_attention(
         [1, M, H, D], zeros for padding, and no weights.
     """
     if layout is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **others)
-        return output, None
-    return _attend(module, query, key, value, layout, others["scaling"], others.get("dropout", 0.0)), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
+        )
+    return _attend(module, query, key, value, layout, scaling, dropout), None
 
 
 @torch.compiler.disable
