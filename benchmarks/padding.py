@@ -2,8 +2,9 @@
 
     python -m benchmarks.padding
 
-Models that attend sample by sample compute a micro-batch as one line of tokens; for others ("in rows") the plan packs
-samples into rows. Beside them what batches of equally many samples, padded to their longest, would compute (drawn at
+Models that attend sample by sample compute a micro-batch as one line of tokens, and attention itself (but not the
+products around it) on samples padded to a multiple of 32. For others ("in rows") the plan packs samples into rows.
+Beside them what batches of equally many samples, padded to their longest, would compute (drawn at
 random, as a plain DataLoader does), and the plan's time per sample.
 """
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from benchmarks.workload import caption_lengths, long_tailed_lengths, total_lengths
 from minivlm.data.plan import PlannedStep, padded_length, plan_epoch
-from minivlm.model.segments import line_length
+from minivlm.model.segments import group_width, line_length
 
 NUM_SAMPLES, SEED = 20_000, 0
 
@@ -26,6 +27,11 @@ def padding_share(steps: list[PlannedStep], lengths: np.ndarray) -> float:
         for rows in step.micro_batches:
             computed += line_length(sum(int(lengths[entry]) for row in rows for entry in row))
     return 1 - int(lengths.sum()) / computed
+
+
+def share_in_attention(lengths: np.ndarray) -> float:
+    """The same in attention alone, by sample: padded tokens, whose scores grow with the square."""
+    return 1 - int(lengths.sum()) / int(group_width(lengths).sum())
 
 
 def share_in_rows(steps: list[PlannedStep], lengths: np.ndarray) -> float:
@@ -69,9 +75,10 @@ def cases() -> Iterator[tuple[str, np.ndarray, int, list[PlannedStep], float]]:
 
 def main() -> None:
     """Print one row per distribution and layout."""
-    print("lengths | padding | in rows | plain batches | plan, us per sample")
+    print("lengths | padding | attention | in rows | plain batches | plan, us per sample")
     for name, lengths, batch_size, steps, micros in cases():
-        shares = (padding_share(steps, lengths), share_in_rows(steps, lengths), plain_share(lengths, batch_size))
+        in_attention, plain = share_in_attention(lengths), plain_share(lengths, batch_size)
+        shares = (padding_share(steps, lengths), in_attention, share_in_rows(steps, lengths), plain)
         print(f"{name} | " + " | ".join(f"{share:.1%}" for share in shares) + f" | {micros:.0f}")
 
 

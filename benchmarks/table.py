@@ -48,7 +48,8 @@ def rows(arguments: argparse.Namespace, limits: Limits, precision: str) -> Itera
     yield "10x the rows: peak memory", "<= 1.1x", f"{growth.peak_memory:.2f}x"
     for name, lengths, _, steps, _ in padding.cases():
         share, in_rows = padding.padding_share(steps, lengths), padding.share_in_rows(steps, lengths)
-        yield f"padding, {name}", "<= 5 %", f"{share:.1%} (in rows {in_rows:.1%})"
+        others = f"(in attention {padding.share_in_attention(lengths):.1%}; in rows {in_rows:.1%})"
+        yield f"padding, {name}", "<= 5 %", f"{share:.1%} {others}"
 
 
 def main() -> None:

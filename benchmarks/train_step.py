@@ -5,8 +5,8 @@
     python -m benchmarks.train_step --profile                                     # where the time goes
 
 MiniMind-V v1's shapes, everything but the tower trained, on `benchmarks.workload` captions with cached features, by the
-product's own plan, collation, model and loss. bfloat16: weights in bfloat16 and a float32 master of them in AdamW, as
-DeepSpeed does. Needs torch, transformers, numpy and safetensors.
+product's own plan, collation, model and loss. bfloat16: weights in bfloat16 and a float32 master of them in AdamW.
+Needs torch, transformers, numpy and safetensors.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from minivlm.data.tokens import TokenTable
 from minivlm.model.fast_layers import compile_model, use_segment_attention
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector
-from minivlm.model.vlm import MiniVLM
+from minivlm.model.vlm import MiniVLM, cast_weights
 from minivlm.train.losses import MPOWeights, RewardShift
 from minivlm.train.optimizer import decay_groups
 from minivlm.train.stages import LossSettings, StepTotals, count_totals, token_loss
@@ -75,7 +75,8 @@ class Trainer:
 
     def __init__(self, model: MiniVLM, precision: str, device: torch.device, *, compiles: bool = False) -> None:
         self.device = device
-        self.model = model.to(device=device, dtype=TYPES[precision]).train()
+        self.model = model.to(device).train()
+        cast_weights(self.model, TYPES[precision])
         use_segment_attention(self.model)
         if compiles:
             compile_model(self.model, device)

@@ -141,8 +141,9 @@ class TrainConfig(Frozen):
     memory for one more forward, the same gradients."""
 
     compile: bool = False
-    """Compile the language model's layers with torch.compile: faster steps after a minute at the start of a stage. It
-    rounds in other places, so last digits of weights differ from those without. Needs g++ on CPUs; not with ZeRO-3."""
+    """Compile the language model's layers and the head's loss with torch.compile: faster steps after a minute at the
+    start of a stage. It rounds in other places, so last digits of weights differ from those without. Needs g++ on CPUs;
+    not with ZeRO-3."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of training. `auto` in a file or override becomes bfloat16 where it is fast: on GPUs, and on CPUs with

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minivlm.model.vlm import cast_weights
 from minivlm.train.masters import MasterWeights, clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 from minivlm.train.zero import ZeroState
@@ -76,9 +77,13 @@ class Engine:
         sizes = {name: parameter.numel() for name, parameter in learning.items()}
         self._updated: dict[str, nn.Parameter] = learning
         """At ZeRO-0 what the optimizer updates: the weights, or their float32 copies."""
+        if not self._is_sharded:
+            for weights in learning.values():  # DeepSpeed does so too, but after the optimizer has its copies
+                dist.broadcast(weights.data, 0)
         if precision == "bfloat16" and not self._is_sharded:
             masters = MasterWeights(learning, lambda named: make_optimizer(named, optimizer))
-            model, updater, self._updated = model.bfloat16(), masters, masters.masters
+            cast_weights(model, torch.bfloat16)
+            updater, self._updated = masters, masters.masters
         else:
             updater = make_optimizer(learning.items(), optimizer)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=updater, config=config)
@@ -118,6 +123,9 @@ class Engine:
         if isinstance(self._engine.optimizer, MasterWeights):
             norm = self._engine.optimizer.take_gradients()
         else:
+            for weights in updated:
+                if weights.grad is None:  # no micro-batch reached it; what it moved by before goes on
+                    weights.grad = torch.zeros_like(weights)
             norm = nn.utils.get_total_norm([weights.grad for weights in updated if weights.grad is not None])
         clip_gradients(updated, norm, self._clip_norm)
         self._engine.step()

@@ -1,7 +1,7 @@
 """Float32 copies of bfloat16 weights for ZeRO-0, which DeepSpeed then trains like any module.
 
-DeepSpeed's own FP16_UnfusedOptimizer goes over all gradients three times more, to look for the overflows that only
-float16 has and for norms that clipping takes again (docs/RESULTS.md). Called by `minivlm.train.engine`.
+DeepSpeed's own FP16_UnfusedOptimizer goes over all gradients some times more, among others to look for the overflows
+that only float16 has (docs/RESULTS.md). Called by `minivlm.train.engine`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -18,14 +18,14 @@ class MasterWeights(torch.optim.Optimizer):
     """
 
     def __init__(self, working: Mapping[str, nn.Parameter], make: Callable[[Any], torch.optim.Optimizer]) -> None:
-        """Copy float32 weights and let them compute in bfloat16 from now on.
+        """Keep the float32 values and let the weights compute in bfloat16 from now on.
 
         Args:
             working: what learns, by name; changed in place.
             make: from (name, copy) of each to their optimizer.
         """
         self.working = dict(working)
-        self.masters = {name: nn.Parameter(weights.detach().clone()) for name, weights in self.working.items()}
+        self.masters = {name: nn.Parameter(weights.data) for name, weights in self.working.items()}
         for weights in self.working.values():
             weights.data = weights.data.bfloat16()
         self._optimizer = make(self.masters.items())
@@ -36,17 +36,18 @@ class MasterWeights(torch.optim.Optimizer):
     def take_gradients(self) -> Tensor:
         """Move the gradients of the weights to their copies, in float32; their memory is kept for the next step.
 
+        What no micro-batch reached has a gradient of zero.
+
         Returns:
             The norm over all of them, taken of each while it is in the cache.
         """
         norms = []
         for name, weights in self.working.items():
             master = self.masters[name]
-            if weights.grad is None:
-                master.grad = None
-                continue
             if master.grad is None:
-                master.grad = weights.grad.float()
+                master.grad = torch.zeros_like(master)
+            if weights.grad is None:
+                master.grad.zero_()
             else:
                 master.grad.copy_(weights.grad)
             weights.grad = None

@@ -18,7 +18,7 @@ from minivlm.data.tokens import IGNORE, TokenTable
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.model.export import load_export
 from minivlm.model.fast_layers import compile_model, use_segment_attention
-from minivlm.model.vlm import MiniVLM
+from minivlm.model.vlm import MiniVLM, cast_weights
 from minivlm.train.engine import Engine
 from minivlm.train.job import StageJob, plan_training
 from minivlm.train.stages import TrainingError
@@ -139,7 +139,8 @@ def check_reload(
         if name not in expected or not torch.equal(weights, expected[name]):
             raise CheckpointError(f"{directory}: {name} is not read as it was written")
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    vlm = vlm.to(live_logits.device, dtype)
+    vlm = vlm.to(live_logits.device)
+    cast_weights(vlm, dtype)
     use_segment_attention(vlm)  # as the live model
     if is_compiled:
         compile_model(vlm, live_logits.device)

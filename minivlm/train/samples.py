@@ -18,7 +18,7 @@ from minivlm.data.features import FeatureCache
 from minivlm.data.tokenizer import load_tokenizer
 from minivlm.data.tokens import IGNORE, EncodedSample, TokenTable
 from minivlm.model.generate import Prompt, generate
-from minivlm.model.vlm import MiniVLM
+from minivlm.model.vlm import MiniVLM, cast_weights
 from minivlm.train.job import StageJob, sampled_entries
 from minivlm.train.metrics import SAMPLES_FILE, MetricsWriter
 
@@ -65,7 +65,8 @@ class Sampler:
         """
         dtype = torch.bfloat16 if self._job.config.train.precision == "bfloat16" else torch.float32
         if self._device.type != "cpu" or dtype != torch.float32:
-            vlm = copy.deepcopy(vlm).to(self._device, dtype)
+            vlm = copy.deepcopy(vlm).to(self._device)
+            cast_weights(vlm, dtype)
         features = FeatureCache.open(self._job.features_dir)
         longest = self._job.config.evaluation.max_new_tokens
         answers = generate(

@@ -19,7 +19,7 @@ from minivlm.model.checkpoint import MANIFEST, CheckpointError
 from minivlm.model.export import load_export
 from minivlm.model.fast_layers import use_segment_attention
 from minivlm.model.generate import Prompt, generate
-from minivlm.model.vlm import sequence_logps
+from minivlm.model.vlm import cast_weights, sequence_logps
 from minivlm.train import loop
 from minivlm.train.job import StageJob, sampled_entries, sampled_pictures
 from minivlm.train.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics
@@ -170,7 +170,8 @@ def test_another_models_logits_are_told_apart(tiny_parts: Path, tmp_path: Path):
 def test_the_export_is_compared_under_the_attention_that_trained_it(tiny_parts: Path, tmp_path: Path):
     job = replace(stage_job(tiny_parts, tmp_path), initial_export=tiny_parts / "export")
     written, live = (load_export(tiny_parts / "export").vlm for _ in range(2))
-    live, batch = live.bfloat16(), probe_batch(job)
+    cast_weights(live, torch.bfloat16)
+    batch = probe_batch(job)
     fused = probe_logits(live, live, batch)
     use_segment_attention(live)
     logits = probe_logits(live, live, batch)
