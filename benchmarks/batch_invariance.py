@@ -12,6 +12,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,11 +71,11 @@ def main() -> None:
     prompts = read_prompts(export, arguments.samples, arguments.features, arguments.questions)
     margin, settle, settled = choose.MARGIN, generate._settle, [0]
 
-    def counted(*given: object) -> int:
+    def counted(*given: Any) -> int:
         settled[0] += 1
-        return int(settle(*given))  # type: ignore[arg-type]
+        return settle(*given)
 
-    generate._settle = counted
+    generate._settle = counted  # type: ignore[assignment]
     for dtype in (torch.float32, torch.bfloat16):
         export.vlm.to(dtype)
         print(

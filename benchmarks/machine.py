@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -48,7 +49,7 @@ def measure_limits(device: torch.device, *, threads: int | None = None) -> Limit
 def _matmul_gflops(dtype: torch.dtype, device: torch.device) -> float:
     for size in (SMALL_MATMUL_SIZE, MATMUL_SIZE):
         matrix = torch.randn(size, size, device=device).to(dtype)
-        seconds = median_seconds(lambda matrix=matrix: matrix @ matrix, device)
+        seconds = median_seconds(partial(torch.matmul, matrix, matrix), device)
         if seconds > SLOW_SECONDS:
             break
     return 2 * size**3 / seconds / 1e9
