@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from benchmarks.workload import caption_lengths, long_tailed_lengths, total_lengths
 from minivlm.data.plan import PlannedStep, padded_length, plan_epoch
@@ -31,7 +32,7 @@ def padding_share(steps: list[PlannedStep], lengths: np.ndarray) -> float:
 
 def share_in_attention(lengths: np.ndarray) -> float:
     """The same in attention alone, by sample: padded tokens, whose scores grow with the square."""
-    return 1 - int(lengths.sum()) / int(group_width(lengths).sum())
+    return 1 - int(lengths.sum()) / int(group_width(torch.from_numpy(lengths)).sum())
 
 
 def share_in_rows(steps: list[PlannedStep], lengths: np.ndarray) -> float:

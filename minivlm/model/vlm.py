@@ -72,12 +72,12 @@ class MiniVLM(nn.Module):
         """
         if self.attends_by_segment:
             batch = flatten_rows(batch, pad_token_id=int(self.image_token_id == 0))  # any token but a placeholder
+            attention: dict[str, Any] = {"attention_mask": None, "layout": SegmentLayout(batch["segment_ids"])}
+        else:
+            embedding = self.language_model.get_input_embeddings().weight
+            attention = {"attention_mask": document_mask(batch["segment_ids"], embedding.dtype)}
         inputs_embeds = self.embed(batch["input_ids"], batch["image_features"], batch["image_index"])
         segment_ids = batch["segment_ids"]
-        if self.attends_by_segment:
-            attention: dict[str, Any] = {"attention_mask": None, "layout": SegmentLayout(segment_ids)}
-        else:
-            attention = {"attention_mask": document_mask(segment_ids, inputs_embeds.dtype)}
         router = {"output_router_logits": True} if self.num_experts_per_token else {}
         outputs = self.language_model.get_decoder()(
             inputs_embeds=inputs_embeds,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.model.vlm import cast_weights
-from minivlm.train.masters import MasterWeights, clip_gradients
+from minivlm.train.masters import MasterWeights, clip_gradients, whole_gradient
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 from minivlm.train.zero import ZeroState
 
@@ -123,10 +123,7 @@ class Engine:
         if isinstance(self._engine.optimizer, MasterWeights):
             norm = self._engine.optimizer.take_gradients()
         else:
-            for weights in updated:
-                if weights.grad is None:  # no micro-batch reached it; what it moved by before goes on
-                    weights.grad = torch.zeros_like(weights)
-            norm = nn.utils.get_total_norm([weights.grad for weights in updated if weights.grad is not None])
+            norm = nn.utils.get_total_norm([whole_gradient(weights) for weights in updated])
         clip_gradients(updated, norm, self._clip_norm)
         self._engine.step()
         return StepReport(rate, float(norm))

@@ -36,8 +36,6 @@ class MasterWeights(torch.optim.Optimizer):
     def take_gradients(self) -> Tensor:
         """Move the gradients of the weights to their copies, in float32; their memory is kept for the next step.
 
-        What no micro-batch reached has a gradient of zero.
-
         Returns:
             The norm over all of them, taken of each while it is in the cache.
         """
@@ -46,10 +44,7 @@ class MasterWeights(torch.optim.Optimizer):
             master = self.masters[name]
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-            if weights.grad is None:
-                master.grad.zero_()
-            else:
-                master.grad.copy_(weights.grad)
+            master.grad.copy_(whole_gradient(weights))
             weights.grad = None
             norms.append(torch.linalg.vector_norm(master.grad))
         return torch.linalg.vector_norm(torch.stack(norms))
@@ -60,6 +55,13 @@ class MasterWeights(torch.optim.Optimizer):
         self._optimizer.step(closure)
         for name, weights in self.working.items():
             weights.copy_(self.masters[name])
+
+
+def whole_gradient(weights: nn.Parameter) -> Tensor:
+    """The gradient; zeros where no micro-batch reached the weights, which then move on as with several workers."""
+    if weights.grad is None:
+        weights.grad = torch.zeros_like(weights)
+    return weights.grad
 
 
 def clip_gradients(parameters: Collection[nn.Parameter], norm: Tensor, clip_norm: float) -> None:

@@ -10,80 +10,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from minivlm.model.checkpoint import CheckpointError
-from minivlm.model.language import build_language_model
-from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM, cast_weights
-from minivlm.train.engine import Engine
 from minivlm.train.losses import RewardShift
 from minivlm.train.masters import clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
-from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
+from minivlm.train.stages import LossSettings, StepTotals, count_totals, token_loss
+from tests.tiny_engine import SETTINGS, STEPS, make_engine, run_engine, step_batches, tiny_vlm
 
-SETTINGS = OptimizerSettings(1e-2, weight_decay=0.1, beta2=0.99, warmup_fraction=0.25, clip_norm=0.5)
 MUON = replace(SETTINGS, muon_learning_rate=0.02)
 RESUMED = [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "float32")]
 pytestmark = pytest.mark.usefixtures("one_rank")
-STEPS = 4
-IMAGE_TOKEN = 2
-
-
-def tiny_vlm(projector: str = "mlp2x_gelu") -> MiniVLM:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    sizes |= {"head_dim": 16, "intermediate_size": 32, "rope_theta": 1e4, "tie_word_embeddings": True}
-    language = build_language_model(path=None, architecture="llama", sizes=sizes, vocab_size=64, seed=0)
-    reducing = {"resampler_queries": 4, "resampler_layers": 1, "resampler_heads": 2}
-    return MiniVLM(build_projector(projector, 8, 16, num_features=4, sizes=reducing), language, IMAGE_TOKEN)
-
-
-def micro_batch(generator: torch.Generator, num_images: int, num_rows: int = 1, length: int = 16) -> Batch:
-    """Rows of one segment each; the first of them have a picture of four tokens."""
-    input_ids = torch.randint(3, 60, (num_rows, length), generator=generator)
-    input_ids[:num_images, 1:5] = IMAGE_TOKEN
-    labels = input_ids.clone()
-    labels[:, :8] = -100
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": torch.arange(length).expand(num_rows, length).clone(),
-        "segment_ids": torch.arange(1, num_rows + 1)[:, None].expand(num_rows, length).clone(),
-        "image_features": torch.randn(num_images, 4, 8, generator=generator).bfloat16(),
-        "image_index": torch.arange(num_images),
-    }
-
-
-def padding() -> Batch:
-    """The zero-weight micro-batch."""
-    zeros = torch.zeros(1, 8, dtype=torch.int64)
-    names = ("input_ids", "position_ids", "segment_ids")
-    features = torch.zeros(0, 4, 8, dtype=torch.bfloat16)
-    index = torch.zeros(0, dtype=torch.int64)
-    return dict.fromkeys(names, zeros) | {"labels": zeros - 100, "image_features": features, "image_index": index}
-
-
-def step_batches(step: int) -> list[Batch]:
-    """One to four micro-batches: with pictures, without, and empty."""
-    generator = torch.Generator().manual_seed(step)
-    batches = [micro_batch(generator, 2, 2), micro_batch(generator, 0), micro_batch(generator, 1, length=24), padding()]
-    return batches[: step + 1]
-
-
-def shares(model_output: list[Tensor]) -> float:
-    return float(sum(share.item() for share in model_output))
-
-
-def run_engine(engine: Engine, steps: range) -> tuple[list[float], list[float]]:
-    losses, norms = [], []
-    for step in steps:
-        batches = step_batches(step)
-        totals = StepTotals(sum(int(count_totals(batch)[0]) for batch in batches))
-        parts = []
-        for index, batch in enumerate(batches):
-            result = token_loss(engine.forward(batch), batch, totals, LossSettings(), RewardShift())
-            engine.backward(result.loss, is_last=index == len(batches) - 1)
-            parts.append(result.loss.detach())
-        losses.append(shares(parts))
-        norms.append(engine.update(step).grad_norm)
-    return losses, norms
 
 
 def run_plain(model: MiniVLM) -> tuple[list[float], list[float]]:
@@ -100,24 +36,6 @@ def run_plain(model: MiniVLM) -> tuple[list[float], list[float]]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses, norms
-
-
-def make_engine(
-    zero_stage: int,
-    precision: str = "float32",
-    model: MiniVLM | None = None,
-    optimizer: OptimizerSettings = SETTINGS,
-    offload: str = "none",
-) -> Engine:
-    return Engine(
-        model or tiny_vlm(),
-        zero_stage=zero_stage,
-        precision=precision,
-        optimizer=optimizer,
-        total_steps=STEPS,
-        device=torch.device("cpu"),
-        offload=offload,
-    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from minivlm.train.losses import RewardShift
 from minivlm.train.optimizer import decay_groups, learning_rate_at
 from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
 from tests.forks import Forked, join
-from tests.unit.test_train_engine import SETTINGS, STEPS, make_engine, micro_batch, padding, tiny_vlm
+from tests.tiny_engine import SETTINGS, STEPS, make_engine, micro_batch, padding, tiny_vlm
 
 
 def ranks_batches(step: int) -> tuple[list[Batch], list[Batch]]:
