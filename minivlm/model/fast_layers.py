@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minivlm.model.lora import decoder_layers
+from minivlm.model.products import causal_products
 from minivlm.model.segments import SegmentLayout
 from minivlm.model.vlm import MiniVLM
 
 NAME = "minivlm_segments"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 LONGEST_PRODUCT = 512
-"""Tokens. Weights in memory grow with the square: longer samples take the fused kernel."""
+"""Tokens of samples that take `causal_products`. Weights in memory grow with the square: longer ones take the stock
+function; so do all where biases make scores large, which products round to bfloat16, or where weights are dropped."""
 
 
 def use_segment_attention(vlm: MiniVLM) -> None:
@@ -38,6 +39,8 @@ def use_segment_attention(vlm: MiniVLM) -> None:
         AttentionInterface.register(NAME, segment_attention)
         vlm.language_model.set_attn_implementation(NAME)
         vlm.attends_by_segment = True
+        has_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
+        vlm.longest_product = 0 if has_bias or config.attention_dropout else LONGEST_PRODUCT
 
 
 def segment_attention(
@@ -49,65 +52,44 @@ def segment_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    layout: SegmentLayout | None = None,
+    layouts: tuple[SegmentLayout | None, SegmentLayout | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample, by transformers' contract of an attention function.
 
     Args:
-        query: [1, H, M, D], or [B, H, T, D] without a layout.
+        query: [1, H, M, D], or [B, H, T, D] without layouts.
         key, value: as many tokens of G heads; head h reads group h // (H / G).
-        attention_mask: without a layout, as for transformers' own function, which then runs.
+        attention_mask: without layouts, as for transformers' own function, which then runs.
+        layouts: of samples for `causal_products`, and of others.
 
     Returns:
         [1, M, H, D], zeros for padding, and no weights.
     """
-    if layout is None:
+    if layouts is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
-    return _attend(module, query, key, value, layout, scaling, dropout), None
+    short, long = layouts
+    if long is None:
+        assert short is not None
+        return causal_products(query, key, value, short, scaling=scaling), None
+    mixed = _attend(module, query, key, value, long, scaling, dropout)
+    if short is not None:
+        mixed = mixed + causal_products(query, key, value, short, scaling=scaling)
+    return mixed, None
 
 
 @torch.compiler.disable
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, scaling: float, dropout: float
 ) -> Tensor:
-    states = zip(layout.split(query), layout.split(key), layout.split(value), strict=True)
-    products = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not _has_bias(module)
+    states = [layout.split(query, layout.query), layout.split(key, layout.key), layout.split(value, layout.key)]
     parts = []
-    for part in states:
-        if products and part[0].shape[2] <= LONGEST_PRODUCT:
-            parts.append(causal_products(*part, scaling=scaling, dropout=dropout if module.training else 0.0))
-        else:
-            output, _ = sdpa_attention_forward(module, *part, None, scaling=scaling, dropout=dropout, is_causal=True)
-            parts.append(output.transpose(1, 2))
+    for part in zip(*states, strict=True):
+        output, _ = sdpa_attention_forward(module, *part, None, scaling=scaling, dropout=dropout, is_causal=True)
+        parts.append(output.transpose(1, 2))
     return layout.join(parts)
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return module.config.model_type == "qwen2" or getattr(module.config, "attention_bias", False)
-
-
-def causal_products(query: Tensor, key: Tensor, value: Tensor, *, scaling: float, dropout: float = 0.0) -> Tensor:
-    """softmax(query key^T * scaling, causal) value in bfloat16 throughout, as transformers' eager attention rounds it.
-
-    Args:
-        query: [N, H, T, D].
-        key, value: [N, G, T, D]; head h reads group h // (H / G).
-
-    Returns:
-        [N, H, T, D].
-    """
-    count, heads, length, width = query.shape
-    products, per_group = count * key.shape[1], heads // key.shape[1] * length
-    mask = torch.full((length, length), float("-inf"), dtype=query.dtype, device=query.device).triu_(1)
-    mask = mask.repeat(heads // key.shape[1], 1)
-    query = query.reshape(products, per_group, width)
-    key, value = key.reshape(products, length, width), value.reshape(products, length, width)
-    weights = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=scaling).softmax(dim=-1)
-    weights = functional.dropout(weights, dropout)
-    return (weights @ value).view(count, heads, length, width)
 
 
 def compile_model(vlm: MiniVLM, device: torch.device) -> None:

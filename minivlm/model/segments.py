@@ -5,7 +5,7 @@ whom and no product is computed between samples. Everything else in a decoder is
 but that to a multiple of `TOKEN_MULTIPLE`. Called by `minivlm.model.vlm`, used by `minivlm.model.fast_layers`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,87 +18,140 @@ WIDTH_MULTIPLE = 32
 """Tokens of the samples of one group, with padding: torch's softmax works on 32 bfloat16 at a time and is up to 2.5
 times slower with a rest (2.2 ms for 16 samples of 92 tokens, 0.9 for 96)."""
 
-Rows = tuple[Tensor, Tensor]
-"""Which row to take for each row of the result, and which rows of the result are zero instead."""
+
+class HeadRows(NamedTuple):
+    """Between a matrix of one row per token and head and one of a row per cell and head, int64 indices both ways."""
+
+    cells: Tensor
+    """Row of the token for each cell; where a sample is shorter than its group, that of the sample's last token."""
+
+    empty_cells: Tensor
+    """Which cells those are."""
+
+    tokens: Tensor
+    """Row of the cell for each token."""
+
+    empty_tokens: Tensor
+    """Which tokens have none; their entry in `tokens` means nothing."""
 
 
 class SegmentLayout:
-    """Where the samples of M tokens stand, and the cells that attention computes on: groups of [samples, width]."""
+    """Where samples stand in a line of M tokens, and the cells attention computes on: groups of [samples, width]."""
 
-    def __init__(self, segment_ids: Tensor) -> None:
+    def __init__(self, starts: Tensor, lengths: Tensor, num_tokens: int, heads: tuple[int, int], device: torch.device):
         """
         Args:
-            segment_ids: [1, M] int64, the tokens of a sample side by side, another id for each; 0 = padding.
+            starts, lengths: [S] int64 on the CPU, of the samples.
+            heads: of queries and of keys.
         """
-        self.num_tokens = segment_ids.numel()
-        self.device = segment_ids.device
-        ids, lengths = torch.unique_consecutive(segment_ids.flatten().cpu(), return_counts=True)
-        starts = lengths.cumsum(0) - lengths
-        is_sample = ids != 0
-        if not bool(is_sample.any()):
-            is_sample[0] = True  # attention must run, as on all other ranks: the padding is a sample
-        starts, lengths = starts[is_sample], lengths[is_sample]
+        self.num_tokens = num_tokens
         widths = group_width(lengths)
         self.groups: list[tuple[int, int]] = []
         """Samples and width of each group."""
-        self._cells: list[Tensor] = []
+        cells, is_empty = [], []
         for width in widths.unique().tolist():
-            places = torch.arange(width)
-            in_group = widths == width
-            cells = starts[in_group].unsqueeze(1) + places
-            self._cells.append(cells.masked_fill(places >= lengths[in_group].unsqueeze(1), -1))
+            places, in_group = torch.arange(width), widths == width
+            last = lengths[in_group].unsqueeze(1) - 1
+            cells.append((starts[in_group].unsqueeze(1) + places.minimum(last)).flatten())
+            is_empty.append((places > last).flatten())
             self.groups.append((int(in_group.sum()), width))
-        self._rows: dict[int, tuple[Rows, Rows]] = {}
+        self.num_cells = sum(count * width for count, width in self.groups)
+        self.num_scores = sum(count * width**2 for count, width in self.groups)
+        """Per head of the queries."""
+        self.query, self.key = (self._rows(torch.cat(cells), torch.cat(is_empty), count, device) for count in heads)
+        indices = (*self.query, *self.key)
+        counts, widths_of = zip(*self.groups, strict=True)
+        header = torch.tensor([len(self.groups), *map(len, indices), *counts, *widths_of])
+        self.packed = torch.cat([header.to(device), *indices])
+        """All of it, [K] int64: a compiled layer takes it whatever the number of groups (`unpack_layout`)."""
 
-    def split(self, states: Tensor) -> list[Tensor]:
-        """Take [1, H, M, D] apart: for each group [samples, H, width, D], zeros where a sample is shorter."""
+    def _rows(self, cells: Tensor, is_empty: Tensor, heads: int, device: torch.device) -> HeadRows:
+        """Groups one after the other, within one by sample, head and place: `view(samples, heads, width, D)`."""
+        each = torch.arange(heads).view(1, heads, 1)
+        sizes = [count * width for count, width in self.groups]
+        by_head = [
+            (
+                (part.view(count, 1, width) * heads + each).flatten(),
+                empty.view(count, 1, width).expand(-1, heads, -1).flatten(),
+            )
+            for part, empty, (count, width) in zip(cells.split(sizes), is_empty.split(sizes), self.groups, strict=True)
+        ]
+        rows, no_token = (torch.cat(parts) for parts in zip(*by_head, strict=True))
+        tokens = torch.full((self.num_tokens * heads,), -1)
+        tokens[rows[~no_token]] = (~no_token).nonzero().squeeze(1)
+        no_cell = (tokens < 0).nonzero().squeeze(1)
+        found = HeadRows(rows, no_token.nonzero().squeeze(1), tokens.clamp(min=0), no_cell)
+        return HeadRows(*(tensor.to(device) for tensor in found))
+
+    def split(self, states: Tensor, rows: HeadRows) -> list[Tensor]:
+        """Take [1, H, M, D] apart: for each group [samples, H, width, D], zeros where a sample is shorter.
+
+        Args:
+            rows: `query` or `key`.
+        """
         heads, width = states.shape[1], states.shape[3]
-        to_cells, to_tokens = self._rows_of(heads)
-        rows = states.transpose(1, 2).reshape(-1, width)
-        cells = _Rearrange.apply(rows, to_cells, to_tokens)
+        there, back = (rows.cells, rows.empty_cells), (rows.tokens, rows.empty_tokens)
+        cells = _Rearrange.apply(states.transpose(1, 2).reshape(-1, width), there, back)
         parts = cells.split([count * heads * length for count, length in self.groups])
         return [
             part.view(count, heads, length, width) for part, (count, length) in zip(parts, self.groups, strict=True)
         ]
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Inverse of `split`: [1, M, H, D], zeros where a token is padding."""
+        """Inverse of `split` for queries: [1, M, H, D], zeros where a token is of no sample here."""
         heads, width = parts[0].shape[1], parts[0].shape[3]
-        to_cells, to_tokens = self._rows_of(heads)
+        there, back = (self.query.tokens, self.query.empty_tokens), (self.query.cells, self.query.empty_cells)
         cells = torch.cat([part.reshape(-1, width) for part in parts])
-        rows = _Rearrange.apply(cells, to_tokens, to_cells)
-        return rows.view(1, self.num_tokens, heads, width)
+        return _Rearrange.apply(cells, there, back).view(1, self.num_tokens, heads, width)
 
-    def _rows_of(self, heads: int) -> tuple[Rows, Rows]:
-        """Of a matrix of one row per token and head to one row per cell, and back."""
-        if heads not in self._rows:
-            each = torch.arange(heads).view(1, heads, 1)
-            to_cells = torch.cat([(cells.unsqueeze(1) * heads + each).flatten() for cells in self._cells])
-            to_tokens = torch.full((self.num_tokens * heads,), -1)
-            is_filled = to_cells >= 0
-            to_tokens[to_cells[is_filled]] = is_filled.nonzero().squeeze(1)
-            self._rows[heads] = self._rows_with_zeros(to_cells), self._rows_with_zeros(to_tokens)
-        return self._rows[heads]
 
-    def _rows_with_zeros(self, index: Tensor) -> Rows:
-        return index.clamp(min=0).to(self.device), (index < 0).nonzero().squeeze(1).to(self.device)
+def unpack_layout(packed: Tensor) -> tuple[list[tuple[int, int]], HeadRows, HeadRows]:
+    """Groups and rows of queries and keys of `SegmentLayout.packed`."""
+    num_groups, *sizes = packed[:9].tolist()
+    counts, widths, *indices = packed[9:].split([num_groups, num_groups, *sizes])
+    return list(zip(counts.tolist(), widths.tolist(), strict=True)), HeadRows(*indices[:4]), HeadRows(*indices[4:])
 
 
 class _Rearrange(torch.autograd.Function):
     """Rows in another order; no row is taken twice, so the gradient is the way back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, there: Rows, back: Rows) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, there: tuple[Tensor, Tensor], back: tuple[Tensor, Tensor]) -> Tensor:
         ctx.back = back
-        return _take(rows, there)
+        return take_rows(rows, *there)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _take(gradient, ctx.back), None, None
+        return take_rows(gradient, *ctx.back), None, None
 
 
-def _take(rows: Tensor, index: Rows) -> Tensor:
-    return rows.index_select(0, index[0]).index_fill_(0, index[1], 0.0)
+def take_rows(rows: Tensor, index: Tensor, empty: Tensor) -> Tensor:
+    """The rows of a matrix by index, zeros in those of the result that are empty."""
+    return rows.index_select(0, index).index_fill_(0, empty, 0.0)
+
+
+def segment_layouts(
+    segment_ids: Tensor, heads: tuple[int, int], longest_product: int
+) -> tuple[SegmentLayout | None, SegmentLayout | None]:
+    """Layouts of the samples of groups up to so many tokens wide, and of the others; None where there are none.
+
+    Args:
+        segment_ids: [1, M] int64, the tokens of a sample side by side, another id for each; 0 = padding.
+        heads: of queries and of keys.
+    """
+    ids, lengths = torch.unique_consecutive(segment_ids.flatten().cpu(), return_counts=True)
+    starts = lengths.cumsum(0) - lengths
+    is_sample = ids != 0
+    if not bool(is_sample.any()):
+        is_sample[0] = True  # attention must run, as on all other ranks: the padding is a sample
+    is_short = group_width(lengths) <= longest_product
+    layouts = [
+        SegmentLayout(starts[chosen], lengths[chosen], segment_ids.numel(), heads, segment_ids.device)
+        if bool(chosen.any())
+        else None
+        for chosen in (is_sample & is_short, is_sample & ~is_short)
+    ]
+    return layouts[0], layouts[1]
 
 
 def group_width(lengths: Tensor) -> Tensor:

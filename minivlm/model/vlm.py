@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minivlm.model.segments import SegmentLayout, flatten_rows
+from minivlm.model.segments import SegmentLayout, flatten_rows, segment_layouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
@@ -47,7 +47,9 @@ class MiniVLM(nn.Module):
         self.language_model = language_model
         self.image_token_id = image_token_id
         self.attends_by_segment = False
-        """Whether the language model takes a `SegmentLayout` in the place of rows and a mask."""
+        """Whether the language model takes `segment_layouts` in the place of rows and a mask."""
+        self.longest_product = 0
+        """Tokens of the samples that then attend by products."""
         self.returns_mean_logps = False
         """Whether a forward in training mode returns `mean_logps`, which label smoothing needs."""
         self.logps_of = target_logps
@@ -72,7 +74,7 @@ class MiniVLM(nn.Module):
         """
         if self.attends_by_segment:
             batch = flatten_rows(batch, pad_token_id=int(self.image_token_id == 0))  # any token but a placeholder
-            attention: dict[str, Any] = {"attention_mask": None, "layout": SegmentLayout(batch["segment_ids"])}
+            attention: dict[str, Any] = {"attention_mask": None, "layouts": self._layouts(batch["segment_ids"])}
         else:
             embedding = self.language_model.get_input_embeddings().weight
             attention = {"attention_mask": document_mask(batch["segment_ids"], embedding.dtype)}
@@ -99,6 +101,13 @@ class MiniVLM(nn.Module):
             balance = load_balancing_loss(outputs.router_logits, segment_ids != 0, self.num_experts_per_token)
             aux_loss = self.router_loss_coef * balance
         return TokenLogps(logps, segment_ids[:, 1:][is_supervised], aux_loss, mean_logps)
+
+    def _layouts(self, segment_ids: Tensor) -> tuple[SegmentLayout | None, SegmentLayout | None]:
+        config = self.language_model.config.get_text_config()
+        weight = self.language_model.get_input_embeddings().weight
+        takes_products = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        return segment_layouts(segment_ids, heads, self.longest_product if takes_products else 0)
 
     def embed(self, input_ids: Tensor, image_features: Tensor, image_index: Tensor) -> Tensor:
         """Token embeddings with the projected pictures in the places of their placeholders.

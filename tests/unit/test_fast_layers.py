@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minivlm.model import fast_layers
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector
-from minivlm.model.segments import SegmentLayout, flatten_rows
+from minivlm.model.segments import flatten_rows, segment_layouts
 from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights, document_mask
 from tests.tiny_export import SIZES
 
@@ -39,10 +39,18 @@ def layer(model_type: str = "llama", *, training: bool = True) -> nn.Module:
     return module
 
 
-def attend(segment_ids: Tensor, inputs: list[Tensor], module: nn.Module | None = None, dropout: float = 0.0) -> Tensor:
-    layout = SegmentLayout(segment_ids)
-    module = module or layer()
-    found, weights = fast_layers.segment_attention(module, *inputs, None, layout=layout, scaling=0.3, dropout=dropout)
+def attend(
+    segment_ids: Tensor, inputs: list[Tensor], module: nn.Module | None = None, dropout: float = 0.0, longest: int = 0
+) -> Tensor:
+    """By products up to `longest` tokens, else by the stock function."""
+    found, weights = fast_layers.segment_attention(
+        module or layer(),
+        *inputs,
+        None,
+        layouts=segment_layouts(segment_ids, (4, 2), longest),
+        scaling=0.3,
+        dropout=dropout,
+    )
     assert weights is None
     return found
 
@@ -60,9 +68,11 @@ def expected(segment_ids: Tensor, query: Tensor, key: Tensor, value: Tensor) -> 
 @settings(max_examples=25)
 def test_what_is_taken_apart_comes_together_again(lengths: list[int], padding: int, heads: int) -> None:
     segment_ids = line_of(tuple(lengths), padding)
-    layout = SegmentLayout(segment_ids)
+    layout, others = segment_layouts(segment_ids, (heads, 1), 128)
+    assert layout is not None
+    assert others is None
     whole = torch.randn(1, heads, segment_ids.numel(), 4, requires_grad=True)
-    parts = layout.split(whole)
+    parts = layout.split(whole, layout.query)
     assert [(part.shape[0], part.shape[2]) for part in parts] == layout.groups
     assert sum(count for count, _ in layout.groups) == len(lengths)
     assert all(width % 32 == 0 for _, width in layout.groups)
@@ -75,13 +85,19 @@ def test_what_is_taken_apart_comes_together_again(lengths: list[int], padding: i
 
 
 @pytest.mark.parametrize(
-    ("model_type", "dtype", "tolerance"),
-    [("llama", torch.float32, 1e-6), ("llama", torch.bfloat16, 3e-2), ("qwen2", torch.bfloat16, 3e-2)],
+    ("longest", "dtype", "tolerance"),
+    [
+        (0, torch.float32, 1e-6),
+        (0, torch.bfloat16, 3e-2),
+        (32, torch.bfloat16, 3e-2),
+        (64, torch.bfloat16, 3e-2),
+        (64, torch.float32, 1e-6),
+    ],
 )
-def test_values_and_gradients_are_those_of_attention(model_type: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_values_and_gradients_are_those_of_attention(longest: int, dtype: torch.dtype, tolerance: float) -> None:
     segment_ids = line_of(LENGTHS)
     inputs = [tensor.requires_grad_() for tensor in states(segment_ids.numel(), dtype)]
-    found = attend(segment_ids, inputs, layer(model_type))
+    found = attend(segment_ids, inputs, longest=longest)
     assert found.dtype == dtype
     reference = [tensor.detach().double().requires_grad_() for tensor in inputs]
     wanted = expected(segment_ids, *reference)
@@ -93,47 +109,75 @@ def test_values_and_gradients_are_those_of_attention(model_type: str, dtype: tor
         torch.testing.assert_close(tensor.grad.double(), exact.grad, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_does_not_see_another_to_the_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("longest", "dtype"), [(0, torch.float32), (0, torch.bfloat16), (64, torch.bfloat16)])
+def test_a_sample_does_not_see_another_to_the_bit(longest: int, dtype: torch.dtype) -> None:
     segment_ids = line_of(LENGTHS)
     before = states(segment_ids.numel(), dtype)
     is_changed = segment_ids[0] == 2
     after = [tensor.clone() for tensor in before]
     for tensor in after:
-        tensor[:, :, is_changed] = 7.0
+        tensor[:, :, is_changed] = float("nan")
         tensor[:, :, segment_ids[0] == 0] = -7.0
-    first, second = attend(segment_ids, before), attend(segment_ids, after)
-    assert torch.equal(first[:, ~is_changed], second[:, ~is_changed])
-    assert not torch.equal(first[:, is_changed], second[:, is_changed])
+    weight = torch.randn(1, segment_ids.numel(), 4, 8).to(dtype)
+    results = []
+    for inputs in (before, after):
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        found = attend(segment_ids, leaves, longest=longest)
+        results.append([found.transpose(1, 2), *torch.autograd.grad(found, leaves, weight)])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first[:, :, ~is_changed], second[:, :, ~is_changed])
+        assert second[:, :, is_changed].isnan().any()
 
 
-def test_long_samples_take_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_long_samples_take_the_stock_function(monkeypatch: pytest.MonkeyPatch) -> None:
     segment_ids = line_of(LENGTHS)
     inputs = states(segment_ids.numel(), torch.bfloat16)
-    short = attend(segment_ids, inputs)
-    monkeypatch.setattr(fast_layers, "LONGEST_PRODUCT", 32)
-    widths, original = [], fast_layers.sdpa_attention_forward
+    short = attend(segment_ids, inputs, longest=64)
+    shapes, original = [], fast_layers.sdpa_attention_forward
     monkeypatch.setattr(
         fast_layers,
         "sdpa_attention_forward",
         lambda module, query, *args, **kwargs: (
-            widths.append(query.shape[2]) or original(module, query, *args, **kwargs)
+            shapes.append(query.shape[:3]) or original(module, query, *args, **kwargs)
         ),
     )
-    long = attend(segment_ids, inputs)
-    assert widths == [64]
+    long = attend(segment_ids, inputs, longest=32)
+    assert shapes == [(3, 4, 64)]
     torch.testing.assert_close(long, short, rtol=0, atol=3e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_dropped_in_training_only(dtype: torch.dtype) -> None:
+def test_the_operator_keeps_the_rules_of_torch(dtype: torch.dtype) -> None:
+    """Its shapes without values, its gradient, and both again as torch.compile traces them."""
+    layout, _ = segment_layouts(line_of(LENGTHS), (4, 2), 64)
+    inputs = [tensor.requires_grad_() for tensor in states(layout.num_tokens, dtype)]
+    sizes = (layout.packed, layout.num_cells, layout.num_scores)
+    torch.library.opcheck(torch.ops.minivlm.causal_products.default, (*inputs, *sizes, 0.3))
+
+
+def test_weights_are_dropped() -> None:
     segment_ids = line_of(LENGTHS)
-    inputs = states(segment_ids.numel(), dtype)
-    kept = attend(segment_ids, inputs)
+    inputs = states(segment_ids.numel())
     torch.manual_seed(0)
-    assert not torch.allclose(kept, attend(segment_ids, inputs, dropout=0.5))
-    if dtype == torch.bfloat16:  # in float32 the stock module passes no dropout in evaluation
-        assert torch.equal(kept, attend(segment_ids, inputs, layer(training=False), dropout=0.5))
+    assert not torch.allclose(attend(segment_ids, inputs), attend(segment_ids, inputs, dropout=0.5))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "longest"),
+    [
+        ("llama", {}, 512),
+        ("llama", {"attention_dropout": 0.1}, 0),
+        ("llama", {"attention_bias": True}, 0),
+        ("qwen2", {}, 0),
+        ("qwen3", {}, 512),
+    ],
+)
+def test_products_have_no_dropout_and_biased_scores_are_not_rounded(
+    architecture: str, changes: dict, longest: int
+) -> None:
+    vlm = small_vlm(architecture, **changes)
+    fast_layers.use_segment_attention(vlm)
+    assert vlm.longest_product == longest
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65])
