@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minivlm.model.vlm import cast_weights
-from minivlm.train.masters import MasterWeights, clip_gradients, whole_gradient
+from minivlm.train.masters import MasterWeights, clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
 from minivlm.train.zero import ZeroState
 
@@ -119,14 +119,12 @@ class Engine:
         if self._is_sharded:
             self._engine.step()
             return StepReport(rate, float(self._engine.get_global_grad_norm()))
-        updated = self._updated.values()
         if isinstance(self._engine.optimizer, MasterWeights):
-            norm = self._engine.optimizer.take_gradients()
+            norm = self._engine.optimizer.clip(self._clip_norm)
         else:
-            norm = nn.utils.get_total_norm([whole_gradient(weights) for weights in updated])
-        clip_gradients(updated, norm, self._clip_norm)
+            norm = clip_gradients(self._updated.values(), self._clip_norm)
         self._engine.step()
-        return StepReport(rate, float(norm))
+        return StepReport(rate, norm)
 
     def save(self, directory: Path) -> None:
         """Write every rank's share of the weights and moments under `directory` (shared by all ranks)."""

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from minivlm.model.checkpoint import CheckpointError
 from minivlm.model.vlm import MiniVLM, cast_weights
+from minivlm.train import masters
 from minivlm.train.losses import RewardShift
 from minivlm.train.masters import clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
@@ -63,8 +64,8 @@ def test_bfloat16_stays_near_float32(zero_stage: int):
 def test_stage_0_in_bfloat16_is_a_plain_loop_with_float32_copies():
     """To the bit, and what is gathered are the copies, not the rounded weights that compute."""
     model = tiny_vlm()
-    masters = {name: weights.detach().clone().requires_grad_() for name, weights in model.named_parameters()}
-    groups = decay_groups(masters.values(), SETTINGS.weight_decay)
+    copies = {name: weights.detach().clone().requires_grad_() for name, weights in model.named_parameters()}
+    groups = decay_groups(copies.values(), SETTINGS.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, SETTINGS.beta2), fused=True)
     cast_weights(model, torch.bfloat16)
     norms = []
@@ -74,17 +75,19 @@ def test_stage_0_in_bfloat16_is_a_plain_loop_with_float32_copies():
         for batch in batches:
             token_loss(model(batch), batch, totals, LossSettings(), RewardShift()).loss.backward()
         for name, weights in model.named_parameters():
-            masters[name].grad, weights.grad = weights.grad.float(), None
-        norms.append(float(torch.nn.utils.clip_grad_norm_(masters.values(), SETTINGS.clip_norm)))
+            copies[name].grad, weights.grad = weights.grad.float(), None
+        gradients = [weights.grad.flatten() for weights in copies.values()]
+        norms.append(float(torch.stack([gradient @ gradient for gradient in gradients]).sum().sqrt()))
+        torch.nn.utils.clip_grads_with_norm_(copies.values(), SETTINGS.clip_norm, torch.tensor(norms[-1]))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, STEPS, SETTINGS)
         optimizer.step()
         for name, weights in model.named_parameters():
-            weights.data.copy_(masters[name].detach())
+            weights.data.copy_(copies[name].detach())
     engine = make_engine(0, "bfloat16")
     assert run_engine(engine, range(STEPS))[1] == norms
     gathered = engine.gather_state_dict()
-    assert_close(gathered, {name: weights.detach() for name, weights in masters.items()}, atol=0, rtol=0)
+    assert_close(gathered, {name: weights.detach() for name, weights in copies.items()}, atol=0, rtol=0)
     assert any(not torch.equal(weights, weights.bfloat16().float()) for weights in gathered.values())
 
 
@@ -95,10 +98,37 @@ def test_gradients_are_clipped_together(clip_norm: float):
     for parameter in parameters[:2]:  # the third was not reached
         parameter.grad = torch.randn(len(parameter), generator=generator)
     before = torch.cat([parameter.grad for parameter in parameters[:2]]).clone()
-    clip_gradients(parameters, before.norm(), clip_norm)
+    assert clip_gradients(parameters, clip_norm) == pytest.approx(float(before.norm()))
     after = torch.cat([parameter.grad for parameter in parameters[:2]])
     assert_close(after, before * min(1.0, clip_norm / float(before.norm())))
-    assert parameters[2].grad is None
+    assert parameters[2].grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, math.inf])
+@pytest.mark.parametrize("piece", [1, 9, 100])
+def test_pieces_and_clipping_of_float32_copies(clip_norm: float, piece: int, monkeypatch: pytest.MonkeyPatch):
+    """However many gradients are float32 at a time; a parameter that was not reached moves on by its decay."""
+    monkeypatch.setattr(masters, "PIECE_ELEMENTS", piece)
+    generator = torch.Generator().manual_seed(0)
+    start = {str(size): torch.randn(size, 2, generator=generator) for size in (3, 4, 1, 5)}
+    gradients = {name: torch.randn(len(values), 2, generator=generator).bfloat16() for name, values in start.items()}
+    working = {name: nn.Parameter(values.clone()) for name, values in start.items()}
+    optimizer = masters.MasterWeights(working, lambda named: torch.optim.AdamW([p for _, p in named], lr=0.1))
+    plain = {name: nn.Parameter(values.clone()) for name, values in start.items()}
+    reference = torch.optim.AdamW(plain.values(), lr=0.1)
+    for step in range(3):
+        for name, gradient in gradients.items():
+            is_reached = name != "4" or step == 1
+            working[name].grad = gradient * (step + 1) if is_reached else None
+            plain[name].grad = (gradient * (step + 1)).float() if is_reached else torch.zeros(4, 2)
+        wanted = float(nn.utils.clip_grad_norm_(plain.values(), clip_norm))
+        assert optimizer.clip(clip_norm) == pytest.approx(wanted, rel=1e-6)
+        optimizer.step()
+        reference.step()
+        assert all(weights.grad is None for weights in working.values())
+    for name, values in plain.items():
+        assert_close(optimizer.masters[name].detach(), values.detach(), atol=1e-6, rtol=1e-6)
+        assert torch.equal(working[name], optimizer.masters[name].bfloat16())
 
 
 def run_plain_muon(model: MiniVLM) -> dict[str, Tensor]:
