@@ -1,7 +1,10 @@
 """The connection of a job to Ray. Called by every job that needs a cluster."""
 
+import ctypes
 import os
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -17,6 +20,10 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that watches for spot nodes being taken away
 }
 """Of clusters that we start on this machine; what is set already stays."""
+
+TIMER_SLACK_NS = 20_000_000
+PR_SET_TIMERSLACK = 29
+"""From linux/prctl.h; see prctl(2)."""
 
 EXIT_TIMEOUT_S = 5.0
 _not_ours: list[psutil.Process] = []
@@ -50,13 +57,32 @@ def connect(config: Config) -> None:
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"No Ray cluster answers at {address} ({error}). Start one: ray start --head") from None
         return
-    ray.init(
-        num_cpus=settings.num_cpus,
-        object_store_memory=settings.object_store_bytes,
-        dashboard_host="127.0.0.1",
-        dashboard_port=settings.dashboard_port,
-        **common,
-    )
+    with late_timers():
+        ray.init(
+            num_cpus=settings.num_cpus,
+            object_store_memory=settings.object_store_bytes,
+            dashboard_host="127.0.0.1",
+            dashboard_port=settings.dashboard_port,
+            **common,
+        )
+
+
+@contextmanager
+def late_timers() -> Iterator[None]:
+    """Processes that this thread starts, and theirs, may be woken by a timer some milliseconds late, several at once.
+
+    Beside a trainer that needs all cores, Ray's two dozen processes wake 2,700 times a second to look whether there is
+    something to do, and training waits each time: 2 to 3 % (docs/RESULTS.md). Messages wake them as before. Linux only.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    prctl = ctypes.CDLL(None).prctl
+    prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(TIMER_SLACK_NS))
+    try:
+        yield
+    finally:
+        prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(0))  # back to this thread's own
 
 
 def is_connected() -> bool:
