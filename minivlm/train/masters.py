@@ -86,7 +86,7 @@ def _pieces(masters: Mapping[str, nn.Parameter], limit: int) -> list[list[str]]:
     pieces: list[list[str]] = []
     room = 0
     for name, master in masters.items():
-        if master.numel() > room:
+        if not pieces or master.numel() > room:
             pieces.append([])
             room = limit
         pieces[-1].append(name)
