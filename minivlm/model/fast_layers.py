@@ -1,8 +1,6 @@
 """Faster layers of a stock language model in training: attention sample by sample, and torch.compile.
 
-Samples of 64 to 98 tokens lie two in a row of 184: under a mask half of the scores are between samples. In bfloat16 on
-a CPU torch's fused attention is slow to differentiate (16 rows of 96 tokens with 16 heads of width 32: 36.8 ms forward
-and backward, 5.6 by matrix products), so short samples take products there (docs/RESULTS.md). Called by
+Samples of 64 to 98 tokens lie two in a row of 184: under a mask half of the scores are between samples. Called by
 `minivlm.train.initial` and, to compare exports, `minivlm.train.reload`.
 """
 
@@ -19,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minivlm.model.lora import decoder_layers
 from minivlm.model.products import causal_products
-from minivlm.model.segments import SegmentLayout
+from minivlm.model.segments import PackedLayout, SegmentLayout
 from minivlm.model.vlm import MiniVLM
 
 NAME = "minivlm_segments"
@@ -52,7 +50,7 @@ def segment_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    layouts: tuple[SegmentLayout | None, SegmentLayout | None] | None = None,
+    layouts: tuple[PackedLayout | None, SegmentLayout | None] | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample, by transformers' contract of an attention function.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minivlm.model.segments import SegmentLayout, take_rows, unpack_layout
+from minivlm.model.segments import PackedLayout, take_rows, unpack_layout
 
 
-def causal_products(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, *, scaling: float) -> Tensor:
+def causal_products(query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, *, scaling: float) -> Tensor:
     """softmax(query key^T * scaling, causal) value in bfloat16 throughout, as transformers' eager attention rounds it.
 
     Args:
@@ -24,24 +24,11 @@ def causal_products(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLa
     Returns:
         [1, M, H, D], zeros where a token is of no sample of the layout.
     """
-    sizes = (layout.num_cells, layout.num_scores)
-    mixed: Tensor = torch.ops.minivlm.causal_products(query, key, value, layout.packed, *sizes, scaling)[0]
+    mixed: Tensor = _attend(query, key, value, *layout, scaling)[0]
     return mixed
 
 
-torch.library.define(  # `custom_op` would infer this, and check aliases in every call: 0.3 ms
-    "minivlm::causal_products",
-    "(Tensor query, Tensor key, Tensor value, Tensor packed, SymInt num_cells, SymInt num_scores, float scaling)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "minivlm::causal_products_backward",
-    "(Tensor gradient, Tensor cells, Tensor weights, Tensor packed, SymInt num_cells, int key_heads, float scaling)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("minivlm::causal_products", "CPU")
+@torch.library.custom_op("minivlm::causal_products", mutates_args=(), device_types="cpu")
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, packed: Tensor, num_cells: int, num_scores: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +55,7 @@ def _attend(
     return joined.view(1, num_tokens, heads, width), cells, weights
 
 
-@torch.library.impl("minivlm::causal_products_backward", "CPU")
+@torch.library.custom_op("minivlm::causal_products_backward", mutates_args=(), device_types="cpu")
 def _differentiate(
     gradient: Tensor, cells: Tensor, weights: Tensor, packed: Tensor, num_cells: int, key_heads: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +106,7 @@ def _causal_mask(length: int, repeats: int, dtype: torch.dtype) -> Tensor:
     return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1).repeat(repeats, 1)
 
 
-@torch.library.register_fake("minivlm::causal_products")
+@_attend.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, packed: Tensor, num_cells: int, num_scores: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,7 +114,7 @@ def _(
     return query.new_empty(1, num_tokens, heads, width), *_empty(query, key, num_cells, num_scores)
 
 
-@torch.library.register_fake("minivlm::causal_products_backward")
+@_differentiate.register_fake
 def _(
     gradient: Tensor, cells: Tensor, weights: Tensor, packed: Tensor, num_cells: int, key_heads: int, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,10 +132,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, gradient: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    found = torch.ops.minivlm.causal_products_backward(
-        gradient, *ctx.saved_tensors, ctx.num_cells, ctx.key_heads, ctx.scaling
-    )
+    found = _differentiate(gradient, *ctx.saved_tensors, ctx.num_cells, ctx.key_heads, ctx.scaling)
     return *(states.transpose(1, 2) for states in found), None, None, None, None
 
 
-torch.library.register_autograd("minivlm::causal_products", _gradients, setup_context=_keep)
+_attend.register_autograd(_gradients, setup_context=_keep)

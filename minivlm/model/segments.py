@@ -5,6 +5,7 @@ whom and no product is computed between samples. Everything else in a decoder is
 but that to a multiple of `TOKEN_MULTIPLE`. Called by `minivlm.model.vlm`, used by `minivlm.model.fast_layers`.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -55,15 +56,7 @@ class SegmentLayout:
             cells.append((starts[in_group].unsqueeze(1) + places.minimum(last)).flatten())
             is_empty.append((places > last).flatten())
             self.groups.append((int(in_group.sum()), width))
-        self.num_cells = sum(count * width for count, width in self.groups)
-        self.num_scores = sum(count * width**2 for count, width in self.groups)
-        """Per head of the queries."""
         self.query, self.key = (self._rows(torch.cat(cells), torch.cat(is_empty), count, device) for count in heads)
-        indices = (*self.query, *self.key)
-        counts, widths_of = zip(*self.groups, strict=True)
-        header = torch.tensor([len(self.groups), *map(len, indices), *counts, *widths_of])
-        self.packed = torch.cat([header.to(device), *indices])
-        """All of it, [K] int64: a compiled layer takes it whatever the number of groups (`unpack_layout`)."""
 
     def _rows(self, cells: Tensor, is_empty: Tensor, heads: int, device: torch.device) -> HeadRows:
         """Groups one after the other, within one by sample, head and place: `view(samples, heads, width, D)`."""
@@ -105,8 +98,30 @@ class SegmentLayout:
         return _Rearrange.apply(cells, there, back).view(1, self.num_tokens, heads, width)
 
 
+class PackedLayout(NamedTuple):
+    """A layout in one tensor, which a compiled layer takes whatever the number of groups."""
+
+    packed: Tensor
+    """[K] int64; see `unpack_layout`."""
+
+    num_cells: int
+    """Per head."""
+
+    num_scores: int
+    """Per head of the queries."""
+
+
+def pack_layout(layout: SegmentLayout) -> PackedLayout:
+    """Copy all of a layout."""
+    indices = (*layout.query, *layout.key)
+    counts, widths = zip(*layout.groups, strict=True)
+    header = torch.tensor([len(counts), *map(len, indices), *counts, *widths]).to(indices[0].device)
+    num_scores = sum(count * width**2 for count, width in layout.groups)
+    return PackedLayout(torch.cat([header, *indices]), sum(map(operator.mul, counts, widths)), num_scores)
+
+
 def unpack_layout(packed: Tensor) -> tuple[list[tuple[int, int]], HeadRows, HeadRows]:
-    """Groups and rows of queries and keys of `SegmentLayout.packed`."""
+    """Groups and rows of queries and keys of `PackedLayout.packed`."""
     num_groups, *sizes = packed[:9].tolist()
     counts, widths, *indices = packed[9:].split([num_groups, num_groups, *sizes])
     return list(zip(counts.tolist(), widths.tolist(), strict=True)), HeadRows(*indices[:4]), HeadRows(*indices[4:])
@@ -132,7 +147,7 @@ def take_rows(rows: Tensor, index: Tensor, empty: Tensor) -> Tensor:
 
 def segment_layouts(
     segment_ids: Tensor, heads: tuple[int, int], longest_product: int
-) -> tuple[SegmentLayout | None, SegmentLayout | None]:
+) -> tuple[PackedLayout | None, SegmentLayout | None]:
     """Layouts of the samples of groups up to so many tokens wide, and of the others; None where there are none.
 
     Args:
@@ -145,13 +160,13 @@ def segment_layouts(
     if not bool(is_sample.any()):
         is_sample[0] = True  # attention must run, as on all other ranks: the padding is a sample
     is_short = group_width(lengths) <= longest_product
-    layouts = [
+    short, long = (
         SegmentLayout(starts[chosen], lengths[chosen], segment_ids.numel(), heads, segment_ids.device)
         if bool(chosen.any())
         else None
         for chosen in (is_sample & is_short, is_sample & ~is_short)
-    ]
-    return layouts[0], layouts[1]
+    )
+    return pack_layout(short) if short else None, long
 
 
 def group_width(lengths: Tensor) -> Tensor:

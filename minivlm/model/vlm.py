@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minivlm.model.segments import SegmentLayout, flatten_rows, segment_layouts
+from minivlm.model.segments import PackedLayout, SegmentLayout, flatten_rows, segment_layouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
@@ -102,7 +102,7 @@ class MiniVLM(nn.Module):
             aux_loss = self.router_loss_coef * balance
         return TokenLogps(logps, segment_ids[:, 1:][is_supervised], aux_loss, mean_logps)
 
-    def _layouts(self, segment_ids: Tensor) -> tuple[SegmentLayout | None, SegmentLayout | None]:
+    def _layouts(self, segment_ids: Tensor) -> tuple[PackedLayout | None, SegmentLayout | None]:
         config = self.language_model.config.get_text_config()
         weight = self.language_model.get_input_embeddings().weight
         takes_products = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"

@@ -71,8 +71,9 @@ def connect(config: Config) -> None:
 def late_timers() -> Iterator[None]:
     """Processes that this thread starts, and theirs, may be woken by a timer some milliseconds late, several at once.
 
-    Beside a trainer that needs all cores, Ray's two dozen processes wake 2,700 times a second to look whether there is
-    something to do, and training waits each time: 2 to 3 % (docs/RESULTS.md). Messages wake them as before. Linux only.
+    Ray's two dozen processes look 100 times a second each whether there is something to do. Beside a trainer that needs
+    all cores that costs less where several look at once: 2 to 3 % (docs/RESULTS.md). Messages wake them as before.
+    Linux only.
     """
     if sys.platform != "linux":
         yield

@@ -68,7 +68,7 @@ def expected(segment_ids: Tensor, query: Tensor, key: Tensor, value: Tensor) -> 
 @settings(max_examples=25)
 def test_what_is_taken_apart_comes_together_again(lengths: list[int], padding: int, heads: int) -> None:
     segment_ids = line_of(tuple(lengths), padding)
-    layout, others = segment_layouts(segment_ids, (heads, 1), 128)
+    others, layout = segment_layouts(segment_ids, (heads, 1), 0)
     assert layout is not None
     assert others is None
     whole = torch.randn(1, heads, segment_ids.numel(), 4, requires_grad=True)
@@ -149,10 +149,10 @@ def test_only_long_samples_take_the_stock_function(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_keeps_the_rules_of_torch(dtype: torch.dtype) -> None:
     """Its shapes without values, its gradient, and both again as torch.compile traces them."""
-    layout, _ = segment_layouts(line_of(LENGTHS), (4, 2), 64)
-    inputs = [tensor.requires_grad_() for tensor in states(layout.num_tokens, dtype)]
-    sizes = (layout.packed, layout.num_cells, layout.num_scores)
-    torch.library.opcheck(torch.ops.minivlm.causal_products.default, (*inputs, *sizes, 0.3))
+    segment_ids = line_of(LENGTHS)
+    layout, _ = segment_layouts(segment_ids, (4, 2), 64)
+    inputs = [tensor.requires_grad_() for tensor in states(segment_ids.numel(), dtype)]
+    torch.library.opcheck(torch.ops.minivlm.causal_products.default, (*inputs, *layout, 0.3))
 
 
 def test_weights_are_dropped() -> None:
