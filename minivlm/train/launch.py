@@ -37,6 +37,7 @@ from minivlm.data.tokens import TokenTable
 from minivlm.inference.exports import check_reference, policy_export
 from minivlm.log import get_logger
 from minivlm.model.checkpoint import MANIFEST, newest_complete
+from minivlm.priority import TRAINS
 from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.storage import write_json
 from minivlm.train.feed import newest_step, stage_dataset, stage_worker
@@ -256,7 +257,8 @@ def torch_trainer(
 
 def worker_environment(config: Config) -> dict[str, str]:
     """Environment of a training worker; set before it imports anything."""
-    environment = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(config.train.threads_per_worker)}
+    threads = str(config.train.threads_per_worker)
+    environment = {TRAINS: "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
     return environment if config.train.use_gpu else {**environment, "DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY}
 
 

@@ -14,10 +14,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from minivlm.config import Config, ConfigError
 from minivlm.log import quiet_libraries
+from minivlm.priority import HOOK, make_idle
 
 LOCAL_ENVIRONMENT = {
     "RAY_worker_maximum_startup_concurrency": "8",  # one per core is Ray's, which warns when more processes wait
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that watches for spot nodes being taken away
+    "RAY_worker_niceness": "0",  # Ray's 15 puts a trainer behind the dashboard
 }
 """Of clusters that we start on this machine; what is set already stays."""
 
@@ -25,13 +27,21 @@ TIMER_SLACK_NS = 20_000_000
 PR_SET_TIMERSLACK = 29
 """From linux/prctl.h; see prctl(2)."""
 
+NEVER_IDLE = ("raylet", "gcs_server")
+"""Processes of Ray without which no other can work."""
+
 EXIT_TIMEOUT_S = 5.0
 _not_ours: list[psutil.Process] = []
 """Children of this process from before the cluster."""
 
 
-def connect(config: Config) -> None:
+def connect(config: Config, *, serves: bool = False) -> None:
     """Attach to the cluster of `cluster.address` or of the surrounding Ray job, else start a local one.
+
+    On a local one training workers get the cores first (`minivlm.priority`).
+
+    Args:
+        serves: people wait for answers: on a local cluster no process stands back for others then.
 
     Raises:
         ConfigError: nothing answers at the address.
@@ -57,6 +67,8 @@ def connect(config: Config) -> None:
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"No Ray cluster answers at {address} ({error}). Start one: ray start --head") from None
         return
+    if not serves:
+        common["runtime_env"]["worker_process_setup_hook"] = HOOK
     with late_timers():
         ray.init(
             num_cpus=settings.num_cpus,
@@ -65,6 +77,8 @@ def connect(config: Config) -> None:
             dashboard_port=settings.dashboard_port,
             **common,
         )
+    if not serves:
+        _let_stand_back(_started())
 
 
 @contextmanager
@@ -97,9 +111,20 @@ def disconnect() -> None:
     A controller of Ray Train 2.60 sometimes hangs in its own exit, where Ray no longer looks for it.
     """
     if is_connected():
-        started = [child for child in psutil.Process().children(recursive=True) if child not in _not_ours]
+        started = _started()
         ray.shutdown()
         end_processes(started, EXIT_TIMEOUT_S)
+
+
+def _started() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child not in _not_ours]
+
+
+def _let_stand_back(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.name() not in NEVER_IDLE:
+                make_idle(process.pid)
 
 
 def end_processes(processes: list[psutil.Process], timeout_s: float) -> int:

@@ -22,7 +22,7 @@ LAYERS = (  # top to bottom; names on one line do not import each other
     {"inference"},
     {"data"},
     {"model", "scoring", "tracking"},
-    {"config", "errors", "schema", "storage", "layout", "log"},
+    {"config", "errors", "schema", "storage", "layout", "log", "priority"},
 )
 SAME_LINE_ALLOWED = {("layout", "config"), ("layout", "storage")}
 

@@ -1,0 +1,45 @@
+"""Which processes of a machine get its cores first: those that train, before all others of Ray.
+
+Ray's two dozen processes look about a hundred times a second each whether there is something to do. That costs a
+trainer on few cores more than its share of them, because the trainer's threads wait for each other in every operation.
+As idle processes the others run when the trainer waits, and it waits when it needs them. `minivlm.workflow.cluster`
+calls `make_idle` for what it starts, Ray calls `stand_back` in every process that it starts for a job.
+"""
+
+import os
+import sys
+from contextlib import suppress
+
+TRAINS = "MINIVLM_TRAINS"
+"""Environment variable of the processes that do not stand back."""
+
+HOOK = "minivlm.priority.stand_back"
+"""For Ray's `worker_process_setup_hook`."""
+
+
+def stand_back() -> None:
+    """Let this process run only where nothing else wants the core, unless it trains."""
+    if TRAINS not in os.environ:
+        make_idle(os.getpid())
+
+
+def make_idle(process_id: int) -> None:
+    """Give all threads of a process, and all that they start, Linux's policy SCHED_IDLE: see sched(7).
+
+    A process without privileges cannot leave it again. On other systems nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    done: set[int] = set()
+    while new := _threads(process_id) - done:  # also those that a thread started before its own turn
+        for thread in new:
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+        done |= new
+
+
+def _threads(process_id: int) -> set[int]:
+    try:
+        return {int(name) for name in os.listdir(f"/proc/{process_id}/task")}
+    except FileNotFoundError:
+        return set()

@@ -1,0 +1,66 @@
+"""The cluster that a job starts on its own machine: everything but Ray's core stands back for training workers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE")]
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+
+import psutil
+import ray
+
+from minivlm.config import load_config
+from minivlm.priority import TRAINS
+from minivlm.workflow.cluster import connect, disconnect
+
+def policies(process_id):
+    return sorted({os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{process_id}/task")})
+
+config = load_config(Path(sys.argv[1]), sys.argv[3:])
+connect(config, serves=sys.argv[2] == "serves")
+core = {process.name(): policies(process.pid) for process in psutil.Process().children(recursive=True)}
+task = ray.remote(lambda: policies(os.getpid()))
+training = {"env_vars": {TRAINS: "1"}}
+found = {"core": core, "task": ray.get(task.remote()), "trains": ray.get(task.options(runtime_env=training).remote())}
+disconnect()
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.fixture
+def found(
+    request: pytest.FixtureRequest, tiny_config: Path, tmp_path: Path, free_ports: Callable[[int], list[int]]
+) -> dict[str, object]:
+    """Scheduling policies of the threads of processes by name, of a task's process and of a training worker's."""
+    settings = [f"storage_path={tmp_path}", f"cluster.dashboard_port={free_ports(1)[0]}", "cluster.num_cpus=2"]
+    command = [sys.executable, "-c", SCRIPT, str(tiny_config), request.param, *settings]
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
+    [line] = [line for line in lines if line.startswith("FOUND")]
+    return dict(json.loads(line.removeprefix("FOUND")))
+
+
+@pytest.mark.parametrize("found", ["trains"], indirect=True)
+def test_all_but_training_workers_and_rays_core_stand_back(found: dict[str, object]):
+    core = found.pop("core")
+    assert isinstance(core, dict)
+    assert core.pop("raylet") == core.pop("gcs_server") == [os.SCHED_OTHER]
+    assert "ray::DashboardAgent" in core
+    assert set(map(tuple, core.values())) == {(os.SCHED_IDLE,)}
+    assert found == {"task": [os.SCHED_IDLE], "trains": [os.SCHED_OTHER]}
+
+
+@pytest.mark.parametrize("found", ["serves"], indirect=True)
+def test_nothing_stands_back_where_people_wait_for_answers(found: dict[str, object]):
+    core = found.pop("core")
+    assert isinstance(core, dict)
+    assert set(map(tuple, core.values())) == {(os.SCHED_OTHER,)}
+    assert found == {"task": [os.SCHED_OTHER], "trains": [os.SCHED_OTHER]}

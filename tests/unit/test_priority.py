@@ -1,0 +1,57 @@
+"""Processes that stand back for those that train."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minivlm.config import load_config
+from minivlm.priority import TRAINS, make_idle
+from minivlm.train.launch import worker_environment
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE")
+
+POLICIES = """
+import os, threading
+from minivlm.priority import stand_back
+
+def policy_of_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(os.sched_getscheduler(threading.get_native_id())))
+    thread.start()
+    thread.join()
+    return found[0]
+
+end = threading.Event()
+older = threading.Thread(target=end.wait)
+older.start()
+stand_back()
+print(os.sched_getscheduler(os.getpid()), os.sched_getscheduler(older.native_id), policy_of_a_new_thread())
+end.set()
+"""
+
+
+def policies(environment: dict[str, str]) -> list[int]:
+    """Of the main thread, an older and a newer thread of a process that was asked to stand back."""
+    environment = {**os.environ, **environment}
+    return [int(word) for word in subprocess.check_output([sys.executable, "-c", POLICIES], env=environment).split()]
+
+
+def test_all_threads_of_a_process_stand_back():
+    assert policies({}) == [os.SCHED_IDLE] * 3
+
+
+def test_a_process_that_trains_does_not_stand_back():
+    assert policies({TRAINS: "1"}) == [os.SCHED_OTHER] * 3
+
+
+def test_training_workers_are_started_as_such(tiny_config: Path):
+    assert TRAINS in worker_environment(load_config(tiny_config))
+
+
+def test_a_process_that_ended_is_no_error():
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    make_idle(ended.pid)
