@@ -105,9 +105,13 @@ def _plain(folder: Path, arguments: argparse.Namespace) -> Speed:
     return measure_steps(trainer, planned, warmup=WARMUP, steps=arguments.steps)
 
 
-def measure_ray(job: StageJob, table: TokenTable) -> tuple[Speed, float, int]:
-    """The speed, seconds of waiting for batches in the same steps, and the worker's peak memory in bytes."""
-    connect(job.config)
+def measure_ray(job: StageJob, table: TokenTable, *, trainers_first: bool = True) -> tuple[Speed, float, int]:
+    """The speed, seconds of waiting for batches in the same steps, and the worker's peak memory in bytes.
+
+    Args:
+        trainers_first: as for `connect`.
+    """
+    connect(job.config, trainers_first=trainers_first)
     try:
         with PeakMemory("RayTrainWorker") as memory:
             train_on_cluster(job, 0)

@@ -35,13 +35,12 @@ _not_ours: list[psutil.Process] = []
 """Children of this process from before the cluster."""
 
 
-def connect(config: Config, *, serves: bool = False) -> None:
+def connect(config: Config, *, trainers_first: bool = True) -> None:
     """Attach to the cluster of `cluster.address` or of the surrounding Ray job, else start a local one.
 
-    On a local one training workers get the cores first (`minivlm.priority`).
-
     Args:
-        serves: people wait for answers: on a local cluster no process stands back for others then.
+        trainers_first: all but training workers and Ray's core stand back on a local cluster (`minivlm.priority`); not
+            for a server, whose clients wait.
 
     Raises:
         ConfigError: nothing answers at the address.
@@ -67,7 +66,7 @@ def connect(config: Config, *, serves: bool = False) -> None:
         except (ConnectionError, ValueError) as error:
             raise ConfigError(f"No Ray cluster answers at {address} ({error}). Start one: ray start --head") from None
         return
-    if not serves:
+    if trainers_first:
         common["runtime_env"]["worker_process_setup_hook"] = HOOK
     with late_timers():
         ray.init(
@@ -77,7 +76,7 @@ def connect(config: Config, *, serves: bool = False) -> None:
             dashboard_port=settings.dashboard_port,
             **common,
         )
-    if not serves:
+    if trainers_first:
         _let_stand_back(_started())
 
 

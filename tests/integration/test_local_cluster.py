@@ -26,7 +26,7 @@ def policies(process_id):
     return sorted({os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{process_id}/task")})
 
 config = load_config(Path(sys.argv[1]), sys.argv[3:])
-connect(config, serves=sys.argv[2] == "serves")
+connect(config, trainers_first=sys.argv[2] == "trains")
 core = {process.name(): policies(process.pid) for process in psutil.Process().children(recursive=True)}
 task = ray.remote(lambda: policies(os.getpid()))
 training = {"env_vars": {TRAINS: "1"}}
