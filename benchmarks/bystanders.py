@@ -52,11 +52,13 @@ class StopOthers:
         is_stopped = False
         while not self._stop.wait(PAUSE_S):
             processes = _others() if is_stopped else []
-            _send(processes, signal.SIGSTOP)
-            first = len(self._lines()) + 1  # the step that has begun belongs to neither
-            self._stop.wait(self._hold_s)
-            lines = self._lines()
-            _send(processes, signal.SIGCONT)
+            try:
+                _send(processes, signal.SIGSTOP)
+                first = len(self._lines()) + 1  # the step that has begun belongs to neither
+                self._stop.wait(self._hold_s)
+                lines = self._lines()
+            finally:
+                _send(processes, signal.SIGCONT)
             self.times[is_stopped] += [1e5 / line["tokens_per_s"] for line in lines[first:]]
             is_stopped = not is_stopped
 
@@ -81,7 +83,7 @@ def _send(processes: list[psutil.Process], what: signal.Signals) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nobody-stands-back", action="store_true", help="all processes as Ray starts them")
+    parser.add_argument("--nobody-stands-back", action="store_true", help="as jobs ran before")
     parser.add_argument("--hold", type=float, default=4.0, help="seconds in each state")
     arguments, rest = parser.parse_known_args()
     if arguments.nobody_stands_back:
@@ -94,6 +96,8 @@ def main() -> None:
         job = train_ray.make_job(folder, table, features, options)
         with StopOthers(job.run_dir / METRICS_FILE, arguments.hold) as measured:
             train_ray.measure_ray(job, table, trainers_first=not arguments.nobody_stands_back)
+    if not all(measured.times.values()):
+        sys.exit("the run was too short to see both states: type more --steps")
     at_work, stopped = (statistics.mean(measured.times[state]) for state in (False, True))
     counts = " and ".join(str(len(measured.times[state])) for state in (False, True))
     print(f"ms per 100 tokens, means of {counts} steps: others at work {at_work:.1f}, stopped {stopped:.1f}")

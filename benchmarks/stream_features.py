@@ -77,7 +77,7 @@ def compare(arguments: argparse.Namespace) -> Streaming:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         path = write_inputs(folder, arguments)
-        connect(load_config(path))
+        connect(load_config(path), trainers_first=True)
         try:
             for mode in MODES:
                 config = load_config(path, [f"data.features={mode}", f"storage_path={folder / mode}"])

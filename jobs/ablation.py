@@ -28,7 +28,7 @@ def main(
         print(describe(settings))
         print(describe_plan(seed, second_round))
         return
-    connect(settings)
+    connect(settings, trainers_first=True)
     found = run_ablation(config, overrides or [], seeds=seed, second_round=second_round)
     print(found.table)
     print(f"table: {found.directory / 'table.md'}; reports: {' '.join(map(str, found.reports))}")

@@ -13,7 +13,7 @@ from minivlm.workflow.steps import prepare_tower
 
 def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:
     settings = load_config(config, overrides or [])
-    connect(settings)
+    connect(settings, trainers_first=True)
     print(f"clip: {prepare_tower(settings)}")
 
 

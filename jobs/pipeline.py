@@ -30,7 +30,7 @@ def main(
     if dry_run:
         print(describe(settings))
         return
-    connect(settings)
+    connect(settings, trainers_first=True)
     run_pipeline(settings, sweep=sweep, ask=ask)
 
 

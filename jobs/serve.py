@@ -17,7 +17,7 @@ from minivlm.workflow.cluster import connect
 def main(overrides: list[str] = OVERRIDES, config: Path = CONFIG) -> None:
     settings = load_config(config, overrides or [])
     check_port_free(settings.serve.host, settings.serve.port)
-    connect(settings, trainers_first=False)
+    connect(settings)
     print(f"serving at {start_server(settings)}/ (Ctrl-C stops it)", flush=True)
     try:
         signal.pause()

@@ -24,7 +24,7 @@ def main(
     if dry_run:
         print(describe(settings))
         return
-    connect(settings)
+    connect(settings, trainers_first=True)
     result = train(settings, stage)
     print(f"{stage}: val_loss {result.val_loss}, {result.steps} steps, model {result.export_dir}")
 

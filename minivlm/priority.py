@@ -3,7 +3,8 @@
 Ray's two dozen processes look about a hundred times a second each whether there is something to do. That costs a
 trainer on few cores more than its share of them, because the trainer's threads wait for each other in every operation.
 As idle processes the others run when the trainer waits, and it waits when it needs them. `minivlm.workflow.cluster`
-calls `make_idle` for what it starts, Ray calls `stand_back` in every process that it starts for a job.
+calls `make_idle` for what it starts, Ray calls `stand_back` in every process that it starts for a job. The latter goes
+there by value, before that process knows where to import from: this file imports nothing but the standard library.
 """
 
 import os
@@ -13,20 +14,21 @@ from contextlib import suppress
 TRAINS = "MINIVLM_TRAINS"
 """Environment variable of the processes that do not stand back."""
 
-HOOK = "minivlm.priority.stand_back"
-"""For Ray's `worker_process_setup_hook`."""
-
 
 def stand_back() -> None:
-    """Let this process run only where nothing else wants the core, unless it trains."""
+    """Let this process run only where nothing else wants the core, unless it trains or the system forbids it."""
     if TRAINS not in os.environ:
-        make_idle(os.getpid())
+        with suppress(OSError):  # `connect` has said so
+            make_idle(os.getpid())
 
 
 def make_idle(process_id: int) -> None:
     """Give all threads of a process, and all that they start, Linux's policy SCHED_IDLE: see sched(7).
 
     A process without privileges cannot leave it again. On other systems nothing happens.
+
+    Raises:
+        OSError: the system knows no such policy or does not allow it (some sandboxes).
     """
     if sys.platform != "linux":
         return
@@ -41,5 +43,5 @@ def make_idle(process_id: int) -> None:
 def _threads(process_id: int) -> set[int]:
     try:
         return {int(name) for name in os.listdir(f"/proc/{process_id}/task")}
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return set()

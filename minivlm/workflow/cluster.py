@@ -12,9 +12,9 @@ import ray
 from ray.data import DataContext
 from transformers.utils.logging import disable_progress_bar
 
+from minivlm import priority
 from minivlm.config import Config, ConfigError
-from minivlm.log import quiet_libraries
-from minivlm.priority import HOOK, make_idle
+from minivlm.log import get_logger, quiet_libraries
 
 LOCAL_ENVIRONMENT = {
     "RAY_worker_maximum_startup_concurrency": "8",  # one per core is Ray's, which warns when more processes wait
@@ -31,16 +31,17 @@ NEVER_IDLE = ("raylet", "gcs_server")
 """Processes of Ray without which no other can work."""
 
 EXIT_TIMEOUT_S = 5.0
+log = get_logger(__name__)
 _not_ours: list[psutil.Process] = []
 """Children of this process from before the cluster."""
 
 
-def connect(config: Config, *, trainers_first: bool = True) -> None:
+def connect(config: Config, *, trainers_first: bool = False) -> None:
     """Attach to the cluster of `cluster.address` or of the surrounding Ray job, else start a local one.
 
     Args:
-        trainers_first: all but training workers and Ray's core stand back on a local cluster (`minivlm.priority`); not
-            for a server, whose clients wait.
+        trainers_first: on a local cluster all that Ray starts but training workers, raylet and GCS stands back
+            (`minivlm.priority`); for jobs whose work is training.
 
     Raises:
         ConfigError: nothing answers at the address.
@@ -67,7 +68,8 @@ def connect(config: Config, *, trainers_first: bool = True) -> None:
             raise ConfigError(f"No Ray cluster answers at {address} ({error}). Start one: ray start --head") from None
         return
     if trainers_first:
-        common["runtime_env"]["worker_process_setup_hook"] = HOOK
+        ray.cloudpickle.register_pickle_by_value(priority)
+        common["runtime_env"]["worker_process_setup_hook"] = priority.stand_back
     with late_timers():
         ray.init(
             num_cpus=settings.num_cpus,
@@ -120,10 +122,13 @@ def _started() -> list[psutil.Process]:
 
 
 def _let_stand_back(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            if process.name() not in NEVER_IDLE:
-                make_idle(process.pid)
+    try:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if process.name() not in NEVER_IDLE:
+                    priority.make_idle(process.pid)
+    except OSError as error:
+        log.warning("no process can stand back for training workers here, they share the cores: %s", error)
 
 
 def end_processes(processes: list[psutil.Process], timeout_s: float) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minivlm.config import load_config
-from minivlm.priority import TRAINS, make_idle
+from minivlm.priority import TRAINS, make_idle, stand_back
 from minivlm.train.launch import worker_environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE")
@@ -45,6 +45,16 @@ def test_all_threads_of_a_process_stand_back():
 
 def test_a_process_that_trains_does_not_stand_back():
     assert policies({TRAINS: "1"}) == [os.SCHED_OTHER] * 3
+
+
+def test_where_it_is_forbidden_processes_go_on_as_they_are(monkeypatch: pytest.MonkeyPatch):
+    def forbid(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbid)
+    with pytest.raises(PermissionError):
+        make_idle(os.getpid())
+    stand_back()
 
 
 def test_training_workers_are_started_as_such(tiny_config: Path):
