@@ -27,7 +27,10 @@ def policies(process_id):
 
 config = load_config(Path(sys.argv[1]), sys.argv[3:])
 connect(config, trainers_first=sys.argv[2] == "trains")
-core = [(process.name(), policies(process.pid)) for process in psutil.Process().children(recursive=True)]
+family = psutil.Process().children(recursive=True)
+[raylet] = [process.pid for process in family if process.name() == "raylet"]
+spare = [process for process in family if process.ppid() == raylet and not process.name().endswith("Agent")]
+core = [(process.name(), policies(process.pid)) for process in family if process not in spare]  # spares come any time
 task = ray.remote(lambda: (policies(os.getpid()), os.nice(0)))
 training = {"env_vars": {TRAINS: "1"}}
 found = {"core": core, "task": ray.get(task.remote()), "trains": ray.get(task.options(runtime_env=training).remote())}
