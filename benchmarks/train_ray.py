@@ -1,6 +1,6 @@
 """The same steps through Ray Data, Ray Train and DeepSpeed as in a plain torch loop: samples/s, ratio, waiting, memory.
 
-    python -m benchmarks.train_ray [--precision bfloat16] [--zero-stage 0] [--batch 64] [--compile]
+    python -m benchmarks.train_ray [--precision bfloat16] [--compile] [--lanes 1 --zero-stage 2] [--batch 64]
 
 One worker with two threads, MiniMind-V v1's small model, captions of 11 to 34 tokens with cached features, batch 16.
 The plain loop (`benchmarks.train_step`) runs before and after, in processes of its own, on the same plan.
@@ -99,9 +99,10 @@ def measure_plain(folder: Path, arguments: argparse.Namespace) -> Speed:
 def _plain(folder: Path, arguments: argparse.Namespace) -> Speed:
     torch.set_num_threads(arguments.threads)
     table, features = TokenTable.open(folder / "table"), FeatureCache.open(folder / "features" / "random")
-    planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens)
+    lanes = arguments.lanes
+    planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens, lanes)
     model, device = build_model("small"), torch.device("cpu")
-    trainer = Trainer(model, arguments.precision, device, compiles=arguments.compile)
+    trainer = Trainer(model, arguments.precision, device, compiles=arguments.compile, num_lanes=lanes)
     return measure_steps(trainer, planned, warmup=WARMUP, steps=arguments.steps)
 
 
@@ -164,6 +165,7 @@ def _config(folder: Path, arguments: argparse.Namespace) -> Config:
             "train.num_workers=1",
             "train.cpus_per_worker=1",
             f"train.threads_per_worker={arguments.threads}",
+            f"train.parallel_micro_batches={arguments.lanes}",
             f"train.zero_stage={arguments.zero_stage}",
             f"train.precision={arguments.precision}",
             f"train.compile={arguments.compile}",
@@ -180,6 +182,7 @@ def parse(command_line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true", help="both as train.compile")
+    parser.add_argument("--lanes", type=int, default=2, help="both as train.parallel_micro_batches")
     parser.add_argument("--zero-stage", type=int, default=0, help="by default none: one worker has nothing to shard")
     parser.add_argument("--batch", type=int, default=16, help="samples per optimizer step")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.machine import Limits, describe, measure_limits, synchronize
 from benchmarks.workload import IMAGE_TOKEN_ID, PAD_TOKEN_ID, VISION_SIZE, VOCAB_SIZE, write_features, write_table
@@ -31,6 +31,7 @@ from minivlm.model.fast_layers import compile_model, use_segment_attention
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM, cast_weights
+from minivlm.train.lanes import Lanes
 from minivlm.train.losses import MPOWeights, RewardShift
 from minivlm.train.optimizer import decay_groups
 from minivlm.train.stages import LossSettings, StepTotals, count_totals, token_loss
@@ -73,13 +74,16 @@ def step_flops(model: MiniVLM, lengths: list[int]) -> float:
 class Trainer:
     """A plain torch loop: gradients of a step's micro-batches add up, then AdamW."""
 
-    def __init__(self, model: MiniVLM, precision: str, device: torch.device, *, compiles: bool = False) -> None:
+    def __init__(
+        self, model: MiniVLM, precision: str, device: torch.device, *, compiles: bool = False, num_lanes: int = 1
+    ) -> None:
         self.device = device
         self.model = model.to(device).train()
         cast_weights(self.model, TYPES[precision])
         use_segment_attention(self.model)
         if compiles:
             compile_model(self.model, device)
+        self.lanes = Lanes(self.model, num_lanes, is_compiled=compiles)
         self.weights = list(self.model.parameters())
         self.master = self.weights
         if precision == "bfloat16":
@@ -89,12 +93,16 @@ class Trainer:
     def step(self, batches: list[Batch]) -> float:
         """One optimizer step; returns its loss."""
         totals = StepTotals(*sum(count_totals(batch) for batch in batches).tolist())
-        shift, loss = RewardShift(), torch.zeros((), device=self.device)
-        for batch in batches:
+        shift = RewardShift()
+
+        def differentiate(lane: int, batch: Batch) -> Tensor:
             batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            result = token_loss(self.model(batch), batch, totals, LOSS, shift)
+            result = token_loss(self.lanes.modules[lane](batch), batch, totals, LOSS, shift)
             result.loss.backward()
-            loss += result.loss.detach()
+            return result.metrics["loss"]
+
+        losses = self.lanes.run(differentiate, batches)
+        self.lanes.add_gradients()
         if self.master is not self.weights:
             for master, weight in zip(self.master, self.weights, strict=True):
                 master.grad, weight.grad = weight.grad.float(), None
@@ -103,13 +111,15 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.master is not self.weights:
             torch._foreach_copy_([weight.detach() for weight in self.weights], [p.detach() for p in self.master])
-        return float(loss)
+        return float(torch.stack(losses).sum())
 
 
-def planned_batches(table: TokenTable, features: FeatureCache, batch_size: int, micro_batch_tokens: int) -> Planned:
+def planned_batches(
+    table: TokenTable, features: FeatureCache, batch_size: int, micro_batch_tokens: int, num_lanes: int
+) -> Planned:
     """The product's plan with one worker, epoch after epoch."""
     ids = {"image_token_id": IMAGE_TOKEN_ID, "pad_token_id": PAD_TOKEN_ID}
-    plan = {"seed": 0, "world_size": 1, "pack_length": 128, "micro_batch_tokens": micro_batch_tokens}
+    plan = {"seed": 0, "world_size": num_lanes, "pack_length": 128, "micro_batch_tokens": micro_batch_tokens}
     for epoch in itertools.count():
         for step in plan_epoch(table.lengths, epoch=epoch, global_batch_size=batch_size, **plan):
             batches = [collate(table, rows, features.get, **ids) for rows in step.micro_batches]
@@ -177,8 +187,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = write_table(Path(folder) / "table", arguments.samples, seed=0)
         features = write_features(Path(folder) / "features", arguments.samples, seed=0)
-        planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens)
-        trainer = Trainer(build_model(arguments.model), arguments.precision, device, compiles=arguments.compile)
+        lanes = arguments.lanes
+        planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens, lanes)
+        model = build_model(arguments.model)
+        trainer = Trainer(model, arguments.precision, device, compiles=arguments.compile, num_lanes=lanes)
         speed = measure_steps(trainer, planned, warmup=arguments.warmup, steps=arguments.steps)
         name = f"{arguments.model}, {arguments.precision}, batch {arguments.batch}"
         print(f"{name}: {speed.describe(limits, arguments.precision)}")
@@ -202,6 +214,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, help="torch threads (CPU)")
     parser.add_argument("--compile", action="store_true", help="as train.compile")
+    parser.add_argument("--lanes", type=int, default=1, help="as train.parallel_micro_batches (CPU)")
     parser.add_argument("--profile", action="store_true", help="then print where three steps spend their time")
     return parser.parse_args()
 

@@ -1,15 +1,16 @@
 """A model, batches and a DeepSpeed engine of seconds, for tests on one rank and on several."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
 
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector
 from minivlm.model.vlm import MiniVLM
-from minivlm.train.engine import Engine
+from minivlm.train.engine import Engine, Forward
 from minivlm.train.losses import RewardShift
 from minivlm.train.optimizer import OptimizerSettings
-from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
+from minivlm.train.stages import Batch, LossSettings, StageLoss, StepTotals, count_totals, token_loss
 
 SETTINGS = OptimizerSettings(1e-2, weight_decay=0.1, beta2=0.99, warmup_fraction=0.25, clip_norm=0.5)
 STEPS = 4
@@ -56,8 +57,8 @@ def step_batches(step: int) -> list[Batch]:
     return batches[: step + 1]
 
 
-def shares(model_output: list[Tensor]) -> float:
-    return float(sum(share.item() for share in model_output))
+def loss_of(totals: StepTotals) -> Callable[[Forward, Batch], StageLoss]:
+    return lambda forward, batch: token_loss(forward(batch), batch, totals, LossSettings(), RewardShift())
 
 
 def run_engine(engine: Engine, steps: range) -> tuple[list[float], list[float]]:
@@ -65,12 +66,7 @@ def run_engine(engine: Engine, steps: range) -> tuple[list[float], list[float]]:
     for step in steps:
         batches = step_batches(step)
         totals = StepTotals(sum(int(count_totals(batch)[0]) for batch in batches))
-        parts = []
-        for index, batch in enumerate(batches):
-            result = token_loss(engine.forward(batch), batch, totals, LossSettings(), RewardShift())
-            engine.backward(result.loss, is_last=index == len(batches) - 1)
-            parts.append(result.loss.detach())
-        losses.append(shares(parts))
+        losses.append(sum(share["loss"].item() for share in engine.accumulate(loss_of(totals), batches)))
         norms.append(engine.update(step).grad_norm)
     return losses, norms
 
@@ -81,6 +77,7 @@ def make_engine(
     model: MiniVLM | None = None,
     optimizer: OptimizerSettings = SETTINGS,
     offload: str = "none",
+    num_lanes: int = 1,
 ) -> Engine:
     return Engine(
         model or tiny_vlm(),
@@ -90,4 +87,5 @@ def make_engine(
         total_steps=STEPS,
         device=torch.device("cpu"),
         offload=offload,
+        num_lanes=num_lanes,
     )

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from minivlm.log import get_logger
 from minivlm.model.lora import decoder_layers
 from minivlm.model.products import causal_products
 from minivlm.model.segments import PackedLayout, SegmentLayout
 from minivlm.model.vlm import MiniVLM
+
+log = get_logger(__name__)
 
 NAME = "minivlm_segments"
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
@@ -90,6 +93,31 @@ def _attend(
     return layout.join(parts)
 
 
+KERNEL_CALL = "kernel({}); Py_RETURN_NONE;"
+"""How torch 2.13's bindings call a compiled kernel: with Python's lock held."""
+
+UNLOCKED_KERNEL_CALL = """[](auto... arguments) {{
+        struct Unlocked {{
+            PyThreadState* state = PyEval_SaveThread();
+            ~Unlocked() {{ PyEval_RestoreThread(state); }}
+        }} unlocked;
+        kernel(arguments...);
+    }}({}); Py_RETURN_NONE;"""
+
+
+def _release_lock_in_kernels() -> None:
+    """Let other threads of Python run beside kernels that are compiled from now on, as beside torch's own operators.
+
+    Else micro-batches side by side (`minivlm.train.lanes`) would wait for each other in all that is no product.
+    """
+    from torch._inductor.codecache import CppPythonBindingsCodeCache as Bindings  # seconds of imports
+
+    if Bindings.call_entry_function == KERNEL_CALL:
+        Bindings.call_entry_function = UNLOCKED_KERNEL_CALL
+    elif Bindings.call_entry_function != UNLOCKED_KERNEL_CALL:
+        log.warning("this torch calls compiled kernels in another way: parallel_micro_batches will gain less")
+
+
 def compile_model(vlm: MiniVLM, device: torch.device) -> None:
     """torch.compile each decoder layer and the loss of the head, in place. All layers share what is compiled.
 
@@ -100,6 +128,7 @@ def compile_model(vlm: MiniVLM, device: torch.device) -> None:
         compiler, header = os.environ.get("CXX", "g++"), Path(sysconfig.get_path("include")) / "Python.h"
         if shutil.which(compiler) is None or not header.is_file():
             raise ValueError("torch.compile needs g++ and python3-dev: install them, or type train.compile=false")
+    _release_lock_in_kernels()
     torch._dynamo.config.recompile_limit = 64  # at the usual 8 later shapes would run as they are, by order of arrival
     for layer in decoder_layers(vlm.language_model):
         layer.compile(dynamic=True)

@@ -2,7 +2,7 @@
 
 Attention runs on groups of samples of similar length, causally within each sample, so that no mask says who may look at
 whom and no product is computed between samples. Everything else in a decoder is token by token and computes no padding
-but that to a multiple of `TOKEN_MULTIPLE`. Called by `minivlm.model.vlm`, used by `minivlm.model.fast_layers`.
+but that to a multiple of 32 or 64. Called by `minivlm.model.vlm`, used by `minivlm.model.fast_layers`.
 """
 
 import operator
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-TOKEN_MULTIPLE = 64
-"""Tokens of a micro-batch: for bfloat16 oneDNN compiles a kernel for each number of rows that it meets and keeps it."""
+FEW_TOKENS = 1024
+"""Tokens of a micro-batch are a multiple of 32 up to here, of 64 above: for bfloat16 oneDNN compiles a kernel for each
+number of rows that it meets and keeps it, so there should be few (4096 tokens can have 80)."""
 
 WIDTH_MULTIPLE = 32
 """Tokens of the samples of one group, with padding: torch's softmax works on 32 bfloat16 at a time and is up to 2.5
@@ -176,11 +177,12 @@ def group_width(lengths: Tensor) -> Tensor:
 
 def line_length(num_tokens: int) -> int:
     """Tokens computed for a micro-batch of so many, padding included; at least one multiple."""
-    return max(1, -(-num_tokens // TOKEN_MULTIPLE)) * TOKEN_MULTIPLE
+    multiple = 32 if num_tokens <= FEW_TOKENS else 64
+    return max(1, -(-num_tokens // multiple)) * multiple
 
 
 def flatten_rows(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """The same micro-batch in one line of a multiple of `TOKEN_MULTIPLE` tokens, its other columns as they are.
+    """The same micro-batch in one line of `line_length` tokens, its other columns as they are.
 
     Args:
         batch: input_ids, labels, position_ids, segment_ids [B, T].

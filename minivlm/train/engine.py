@@ -1,14 +1,14 @@
 """DeepSpeed behind a small interface: forward, backward, update, save, load, gather. The only module that imports it.
 
-We own the accumulation boundary: a step has as many micro-batches as its plan says, `backward(..., is_last=True)` marks
-the last. Losses come in already divided by the step's global counts; DeepSpeed averages gradients over ranks, so
-they are multiplied by the world size here, and the gradient is that of the sum over all micro-batches of all ranks.
+We own the accumulation boundary: a step has as many micro-batches as its plan says, `accumulate` takes those of a rank.
+Losses come in already divided by the step's global counts; DeepSpeed averages gradients over ranks, so they are
+multiplied by the world size here, and the gradient is that of the sum over all micro-batches of all ranks.
 """
 
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minivlm.model.vlm import cast_weights
+from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights
+from minivlm.train.lanes import Lanes
 from minivlm.train.masters import MasterWeights, clip_gradients
 from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
+from minivlm.train.stages import Batch, StageLoss
 from minivlm.train.zero import ZeroState
 
 _hidden = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it: 2 s a worker
@@ -30,6 +32,8 @@ if _hidden is None:
     del sys.modules["mlflow"]
 
 BUCKET_ELEMENTS = 50_000_000
+
+Forward = Callable[[Batch], TokenLogps]
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: MiniVLM,
         *,
         zero_stage: int,
         precision: str,
@@ -58,10 +62,14 @@ class Engine:
         total_steps: int,
         device: torch.device,
         offload: str = "none",
+        num_lanes: int = 1,
+        is_compiled: bool = False,
     ) -> None:
         """
         Args:
             offload: none, optimizer or optimizer_and_parameters: what ZeRO holds in host memory.
+            num_lanes: micro-batches side by side; more than one on a CPU and at stage 0 only.
+            is_compiled: the model's layers are.
         """
         _quiet_start(device)
         self._settings, self._total_steps = optimizer, total_steps
@@ -86,9 +94,10 @@ class Engine:
             updater, self._updated = masters, masters.masters
         else:
             updater = make_optimizer(learning.items(), optimizer)
+        self._lanes = Lanes(model, num_lanes, is_compiled=is_compiled)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=updater, config=config)
-        if not self._is_sharded and self.world_size == 1:
-            self._engine.enable_backward_allreduce = False  # it would copy all gradients to a bucket and back
+        if not self._is_sharded:
+            self._engine.enable_backward_allreduce = False  # `accumulate` does so, once and for several workers only
         self._peaks = [group["lr"] for group in self._engine.optimizer.param_groups]
         self.module: nn.Module = self._engine.module
         self._state = ZeroState(
@@ -106,10 +115,34 @@ class Engine:
         """The model's output; gradients flow."""
         return self._engine(batch)
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add one micro-batch's gradients; `loss` is its share of the step's loss, `is_last` on this rank in it."""
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss * self.world_size)
+    def accumulate(
+        self, loss_of: Callable[[Forward, Batch], StageLoss], batches: Sequence[Batch]
+    ) -> list[dict[str, Tensor]]:
+        """Add up the gradients of this rank's micro-batches of a step.
+
+        Args:
+            loss_of: a forward and a micro-batch -> its share of the step's loss; called in several threads.
+
+        Returns:
+            Metrics of each micro-batch.
+        """
+        num_lanes = len(self._lanes.modules)
+
+        def differentiate(lane: int, index: int) -> dict[str, Tensor]:
+            result = loss_of(self._lanes.modules[lane] if lane else self._engine, batches[index])
+            loss = result.loss * self.world_size
+            if lane:
+                loss.backward()
+            else:
+                self._engine.set_gradient_accumulation_boundary(index + num_lanes >= len(batches))
+                self._engine.backward(loss)
+            return result.metrics
+
+        metrics = self._lanes.run(differentiate, range(len(batches)))
+        self._lanes.add_gradients()
+        if not self._is_sharded and self.world_size > 1:
+            self._engine.allreduce_gradients()
+        return metrics
 
     def update(self, step: int) -> StepReport:
         """Clip and apply the gradients of optimizer step `step` (0-based), then clear them."""

@@ -157,7 +157,7 @@ def _plan(job: StageJob, lengths: np.ndarray, group_size: int, epoch: int) -> li
         seed=job.config.seed,
         epoch=epoch,
         global_batch_size=job.settings.global_batch_size,
-        world_size=train.num_workers,
+        world_size=train.num_workers * train.parallel_micro_batches,
         micro_batch_tokens=train.micro_batch_tokens,
         pack_length=train.pack_length_tokens,
     )

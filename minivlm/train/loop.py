@@ -10,6 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from minivlm.data.tokens import TokenTable
 from minivlm.model.checkpoint import MANIFEST, CheckpointError, begin, commit, newest_complete, prune
 from minivlm.model.export import save_export
 from minivlm.model.vlm import MiniVLM
-from minivlm.train.engine import Engine, StepReport
+from minivlm.train.engine import Engine, Forward, StepReport
 from minivlm.train.initial import exported_model, initial_model, prepare_model
 from minivlm.train.job import StageJob, plan_validation
 from minivlm.train.losses import MPOWeights, RewardShift
@@ -36,6 +37,7 @@ from minivlm.train.stages import (
     STAGES,
     Batch,
     LossSettings,
+    StageLoss,
     StepTotals,
     TrainingError,
     check_first_step,
@@ -95,6 +97,8 @@ class StageWorker:
             offload=train.offload,
             total_steps=job.total_steps,
             device=self.device,
+            num_lanes=train.parallel_micro_batches,
+            is_compiled=train.compile,
         )
         self.shift = RewardShift()
         mpo = train.mpo
@@ -144,13 +148,8 @@ class StageWorker:
                 f"Look at data.{self.job.stage} and run: python -m jobs.prepare"
             )
         self.engine.module.train()
-        metrics: dict[str, Tensor] = {}
-        for index, batch in enumerate(batches):
-            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-            result = self.stage.loss(self.engine.forward(batch), batch, totals, self.loss_settings, self.shift)
-            self.engine.backward(result.loss, is_last=index == len(batches) - 1)
-            metrics = {name: metrics.get(name, 0.0) + value for name, value in result.metrics.items()}
-        values = self._sum(metrics)
+        shares = self.engine.accumulate(partial(self._loss, totals), batches)
+        values = self._sum({name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]})
         self._check_values(step, values)
         report = self.engine.update(step)
         if not math.isfinite(report.grad_norm):
@@ -158,6 +157,11 @@ class StageWorker:
         if totals.pairs:
             self.shift.update((values["rewards/chosen"] + values["rewards/rejected"]) * totals.pairs, totals.pairs)
         return self._line(values, report), num_tokens
+
+    def _loss(self, totals: StepTotals, forward: Forward, batch: Batch) -> StageLoss:
+        """Of one micro-batch."""
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return self.stage.loss(forward(batch), batch, totals, self.loss_settings, self.shift)
 
     def _line(self, values: dict[str, float], report: StepReport) -> dict[str, float]:
         named = {f"train/{name}" if name.startswith("loss") else name: value for name, value in values.items()}
@@ -206,11 +210,7 @@ class StageWorker:
             ids = {"image_token_id": job.image_token_id, "pad_token_id": job.pad_token_id}
             batches = [collate(table, rows, features.get, **ids) for rows in mine]
             totals, _ = self._count(batches)
-            shares = []
-            for batch in batches:
-                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                result = self.stage.loss(self.engine.forward(batch), batch, totals, self.loss_settings, self.shift)
-                shares.append(result.metrics["loss"])
+            shares = [self._loss(totals, self.engine.forward, batch).metrics["loss"] for batch in batches]
             total = torch.stack(shares).sum().double()
             dist.all_reduce(total)
             loss, tokens = loss + float(total) * totals.tokens, tokens + totals.tokens

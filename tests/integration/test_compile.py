@@ -1,6 +1,7 @@
 """Layers compiled by g++ in a stage of seconds: no cluster, but half a minute of compiling."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from minivlm.model.checkpoint import MANIFEST
+from minivlm.model.fast_layers import _release_lock_in_kernels
 from tests.tiny_stage import interrupted, run, stage_job, tiny_parts
 
 __all__ = ["tiny_parts"]
@@ -20,12 +22,17 @@ def exported(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "export" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+SIDE_BY_SIDE = {"zero_stage": 0, "threads_per_worker": 2, "parallel_micro_batches": 2}
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "layout"), [("float32", 1e-5, {}), ("bfloat16", 2e-2, SIDE_BY_SIDE)]
+)
 def test_compiled_layers_train_alike_and_resume_to_the_bit(
-    tiny_parts: Path, tmp_path: Path, precision: str, tolerance: float
+    tiny_parts: Path, tmp_path: Path, precision: str, tolerance: float, layout: dict[str, int]
 ):
     torch.compiler.reset()
-    settings: dict[str, Any] = {"micro_batch_tokens": 40, "checkpoint_every_steps": 1, "precision": precision}
+    settings: dict[str, Any] = {"micro_batch_tokens": 40, "checkpoint_every_steps": 1, "precision": precision, **layout}
     plain = exported(run(stage_job(tiny_parts, tmp_path / "plain", **settings))[1])
     job = stage_job(tiny_parts, tmp_path / "compiled", compile=True, **settings)
     checkpoint = run(job)[1]
@@ -36,3 +43,33 @@ def test_compiled_layers_train_alike_and_resume_to_the_bit(
     again = stage_job(tiny_parts, tmp_path / "again", compile=True, **settings)
     interrupted(again, after=1)
     assert_close(exported(run(again)[1]), compiled, rtol=0, atol=0)
+
+
+def test_other_threads_run_beside_a_compiled_kernel():
+    """It takes a second; with Python's lock held the other thread would not be scheduled once."""
+    _release_lock_in_kernels()
+    torch.compiler.reset()
+    values = torch.linspace(0, 1, 16_000_000)
+
+    @torch.compile
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(100):
+            x = torch.sin(x)
+        return x
+
+    slow(values)
+    begun, ended = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        slow(values)
+        ended.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    begun.wait()
+    looks = 0
+    while not ended.wait(0.02):
+        looks += 1
+    thread.join()
+    assert looks >= 5

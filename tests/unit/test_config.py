@@ -94,6 +94,7 @@ def test_all_loss_weights_zero_is_refused(empty):
         load_config(empty, zero)
 
 
+SIDE_BY_SIDE = ("train.zero_stage=0", "train.threads_per_worker=2", "train.parallel_micro_batches=2")
 LORA = "train.sft.lora={rank: 8}"
 
 
@@ -111,6 +112,11 @@ LORA = "train.sft.lora={rank: 8}"
         (["train.mpo.lora={dropout: 0.1}"], "type train.mpo.lora.dropout=0"),
         (["train.mpo.attention_dropout=0.1"], "type train.mpo.attention_dropout=0"),
         (["train.mpo.label_smoothing=0.1"], "type train.mpo.label_smoothing=0"),
+        (["train.parallel_micro_batches=2"], "type train.zero_stage=0, or train.parallel_micro_batches=1"),
+        (["train.zero_stage=0", "train.parallel_micro_batches=2"], "type train.threads_per_worker=2"),
+        (["train.use_gpu=true", "train.zero_stage=0", "train.parallel_micro_batches=2"], "is for CPUs"),
+        ([*SIDE_BY_SIDE, "train.sft.attention_dropout=0.1"], "type train.sft.attention_dropout=0, or"),
+        ([*SIDE_BY_SIDE, "train.sft.lora={dropout: 0.1}"], "type train.sft.lora.dropout=0, or"),
         (["train.offload=optimizer"], "type train.offload=none, or train.use_gpu=true"),
         (["train.offload=optimizer", "train.use_gpu=true", "train.zero_stage=0"], "type train.zero_stage=2"),
         (["train.offload=optimizer_and_parameters", "train.use_gpu=true"], "type train.zero_stage=3"),
@@ -150,6 +156,7 @@ def test_every_preset_loads(path):
         ("seed=5", {"pretrain", "sft", "mpo"}),
         ("serve.port=9000", set()),
         ("train.threads_per_worker=2", set()),
+        ("train={zero_stage: 0, threads_per_worker: 2, parallel_micro_batches: 2}", set()),
     ],
 )
 def test_a_setting_moves_the_runs_that_it_determines(empty, override, changed):

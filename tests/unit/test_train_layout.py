@@ -30,8 +30,9 @@ LAYOUTS = [
     {"num_workers": 2, "zero_stage": 1, "micro_batch_tokens": 32},  # two micro-batches on each worker
     {"num_workers": 2, "zero_stage": 2, "pack_length_tokens": 8, "micro_batch_tokens": 64},
     {"num_workers": 3, "zero_stage": 3, "pack_length_tokens": 256},  # some workers have none
+    {"num_workers": 2, "zero_stage": 0, "threads_per_worker": 2, "parallel_micro_batches": 2},
 ]
-IDS = ["one worker", "two, accumulation, ZeRO-1", "two, other packing, ZeRO-2", "three, ZeRO-3"]
+IDS = ["one worker", "two, accumulation, ZeRO-1", "two, other packing, ZeRO-2", "three, ZeRO-3", "two of two lanes"]
 Losses = Callable[[StageJob, MiniVLM, tuple[int, ...]], Tensor]
 
 

@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
-from minivlm.train.losses import RewardShift
 from minivlm.train.optimizer import decay_groups, learning_rate_at
-from minivlm.train.stages import Batch, LossSettings, StepTotals, count_totals, token_loss
+from minivlm.train.stages import Batch, StepTotals, count_totals
 from tests.forks import Forked, join
-from tests.tiny_engine import SETTINGS, STEPS, make_engine, micro_batch, padding, tiny_vlm
+from tests.tiny_engine import SETTINGS, STEPS, loss_of, make_engine, micro_batch, padding, tiny_vlm
 
 
 def ranks_batches(step: int) -> tuple[list[Batch], list[Batch]]:
@@ -35,9 +34,7 @@ def train_rank(rank: int, folder: str) -> None:
     for step in range(STEPS):
         both = ranks_batches(step)
         totals = StepTotals(sum(int(count_totals(batch)[0]) for batches in both for batch in batches))
-        for place, batch in enumerate(both[rank]):
-            result = token_loss(engine.forward(batch), batch, totals, LossSettings(), RewardShift())
-            engine.backward(result.loss, is_last=place == len(both[rank]) - 1)
+        engine.accumulate(loss_of(totals), both[rank])
         engine.update(step)
     weights = engine.gather_state_dict()
     if weights is not None:

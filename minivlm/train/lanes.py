@@ -1,0 +1,113 @@
+"""Micro-batches of a step side by side on a CPU: a thread and a twin of the model for each, with the same weights.
+
+Two threads within every operation wait for each other some thousand times a step, and what interrupts one stops both;
+with a micro-batch of their own they meet once (docs/RESULTS.md). Pure torch. Called by `minivlm.train.engine`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from minivlm.model.fast_layers import compile_model
+from minivlm.model.vlm import MiniVLM
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Lanes:
+    """Lane 0 is the thread that calls, with the model itself; the others have twins with gradients of their own.
+
+    The result depends on the number of lanes as on that of workers: in the last digits.
+    """
+
+    def __init__(self, model: MiniVLM, count: int, *, is_compiled: bool) -> None:
+        """
+        Args:
+            count: lanes; they share out torch's threads of the calling thread (`torch.set_num_threads`).
+            is_compiled: the model's layers are compiled; those of twins then are too.
+        """
+        self.modules = [model, *(_twin(model, is_compiled) for _ in range(count - 1))]
+        """The model of each lane."""
+        self._threads = max(1, torch.get_num_threads() // count)
+        self._pools = [ThreadPoolExecutor(1, "lane", torch.set_num_threads, (self._threads,)) for _ in range(1, count)]
+        self._is_first_run = True
+
+    def run(self, work: Callable[[int, Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`work(lane, item)` for each, item i in lane i % count, those of a lane in their order.
+
+        The first run takes the lanes in turn, so that nothing is compiled twice.
+
+        Returns:
+            Results in the order of the items.
+        """
+        count = len(self.modules)
+        if count == 1:
+            return [work(0, item) for item in items]
+
+        def of_lane(lane: int) -> list[Result]:
+            return [work(lane, item) for item in items[lane::count]]
+
+        for twin in self.modules[1:]:
+            twin.train(self.modules[0].training)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            futures = []
+            for lane, pool in enumerate(self._pools, start=1):
+                futures.append(pool.submit(of_lane, lane))
+                if self._is_first_run:
+                    wait(futures)
+            try:
+                parts = [of_lane(0)]
+            finally:
+                wait(futures)
+        finally:
+            torch.set_num_threads(before)
+        self._is_first_run = False
+        parts += [future.result() for future in futures]
+        return [parts[index % count][index // count] for index in range(len(items))]
+
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Add those of the twins to the model's, and clear them."""
+        for twin in self.modules[1:]:
+            for weights, twins in zip(self.modules[0].parameters(), twin.parameters(), strict=True):
+                if twins.grad is None:
+                    continue
+                if weights.grad is None:
+                    weights.grad = twins.grad
+                else:
+                    weights.grad += twins.grad
+                twins.grad = None
+
+
+def _twin(model: MiniVLM, is_compiled: bool) -> MiniVLM:
+    """A copy with the same memory of weights. Whoever moves them elsewhere must do so before."""
+    shared = {id(weights): nn.Parameter(weights.data, weights.requires_grad) for weights in model.parameters()}
+    twin = copy.deepcopy(model, shared)  # a copy forgets that layers were compiled
+    if is_compiled:
+        compile_model(twin, next(model.parameters()).device)
+    return twin
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """Several lanes would draw what is dropped in no order that a resume could repeat.
+
+    Raises:
+        ValueError: the model drops something at random in training.
+    """
+    for path, module in model.named_modules():
+        shares = {name: value for name, value in vars(module).items() if "dropout" in name}
+        shares |= {"p": module.p} if isinstance(module, _DropoutNd) else {}
+        for name, share in shares.items():
+            if isinstance(share, float) and share > 0:
+                raise ValueError(
+                    f"{path}.{name} drops {share:.0%} at random, and micro-batches side by side would draw in another "
+                    "order each time: type train.parallel_micro_batches=1"
+                )
