@@ -24,8 +24,10 @@ def training(precision: str, steps: int, limits: Limits, *options: str) -> Itera
     arguments = train_ray.parse([f"--precision={precision}", f"--steps={steps}", *options])
     result = train_ray.compare(arguments)
     asked = {"bfloat16": ">= 50 samples/s", "float32": ">= 13 samples/s"}[precision]
-    name = " ".join((precision, f"ZeRO-{arguments.zero_stage}", *options))
-    plain = "; plain loop {:.1f} and {:.1f}".format(*(speed.samples_per_s for speed in result.plain))
+    name = " ".join((precision, f"ZeRO-{arguments.zero_stage}", f"--lanes={arguments.lanes}", *options))
+    plain = "; plain loop {:.1f} and {:.1f}, with one lane {:.1f}".format(
+        *(speed.samples_per_s for speed in (*result.plain, result.one_lane))
+    )
     yield f"training, {name}, through Ray and DeepSpeed", asked, f"{result.ray.samples_per_s:.1f} samples/s{plain}"
     yield f"model FLOP/s, {name}", ">= 35 % (bfloat16)", result.ray.matmul_share(limits, precision)
     yield f"Ray and DeepSpeed over the plain loop, {name}", "<= 1.10", f"{result.ratio:.3f}"

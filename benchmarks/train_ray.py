@@ -48,6 +48,9 @@ class Comparison:
 
     ray: Speed
     plain: tuple[Speed, Speed]
+    one_lane: Speed
+    """The plain loop with all threads within each operation."""
+
     waited_s: float
     """Of the time in `ray`: spent waiting for batches."""
 
@@ -72,7 +75,8 @@ def main() -> None:
     limits = measure_limits(torch.device("cpu"), threads=arguments.threads)
     print(describe(limits, torch.device("cpu")), flush=True)
     result = compare(arguments)
-    for label, speed in (("plain", result.plain[0]), ("Ray", result.ray), ("plain again", result.plain[1])):
+    runs = {"plain": result.plain[0], "Ray": result.ray, "plain again": result.plain[1]}
+    for label, speed in {**runs, "plain, one micro-batch at a time": result.one_lane}.items():
         print(f"{label}: {speed.describe(limits, arguments.precision)}")
     name = f"Ray (ZeRO-{arguments.zero_stage})"
     print(f"{name} over plain, median of the same steps: {result.ratio:.3f}; waiting for data: {result.waiting:.2%}")
@@ -85,21 +89,22 @@ def compare(arguments: argparse.Namespace) -> Comparison:
         folder = Path(name)
         table = write_table(folder / "table", arguments.samples, seed=0)
         features = write_features(folder / "features", arguments.samples, seed=0)
-        before = measure_plain(folder, arguments)
+        before = measure_plain(folder, arguments, arguments.lanes)
         speed, waited, memory = measure_ray(make_job(folder, table, features, arguments), table)
-        return Comparison(speed, (before, measure_plain(folder, arguments)), waited, memory)
+        after = measure_plain(folder, arguments, arguments.lanes)
+        one_lane = measure_plain(folder, arguments, 1) if arguments.lanes > 1 else after
+        return Comparison(speed, (before, after), one_lane, waited, memory)
 
 
-def measure_plain(folder: Path, arguments: argparse.Namespace) -> Speed:
+def measure_plain(folder: Path, arguments: argparse.Namespace, lanes: int) -> Speed:
     """The plain loop in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_plain, (folder, arguments))
+        return pool.apply(_plain, (folder, arguments, lanes))
 
 
-def _plain(folder: Path, arguments: argparse.Namespace) -> Speed:
+def _plain(folder: Path, arguments: argparse.Namespace, lanes: int) -> Speed:
     torch.set_num_threads(arguments.threads)
     table, features = TokenTable.open(folder / "table"), FeatureCache.open(folder / "features" / "random")
-    lanes = arguments.lanes
     planned = planned_batches(table, features, arguments.batch, arguments.micro_batch_tokens, lanes)
     model, device = build_model("small"), torch.device("cpu")
     trainer = Trainer(model, arguments.precision, device, compiles=arguments.compile, num_lanes=lanes)

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,12 @@ def dashboard(tmp_path_factory: pytest.TempPathFactory, free_ports: Callable[[in
         _wait_for(address)
         yield address
     finally:
-        os.killpg(node.pid, signal.SIGTERM)
-        try:
-            node.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(node.pid, signal.SIGKILL)
+        node.terminate()  # it ends the others
+        with suppress(subprocess.TimeoutExpired):
+            node.wait(timeout=5)
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)  # after a job it waits for them in vain
+        node.wait(timeout=20)
 
 
 def _wait_for(address: str) -> None:
