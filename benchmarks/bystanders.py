@@ -88,7 +88,7 @@ def main() -> None:
     arguments, rest = parser.parse_known_args()
     if arguments.nobody_stands_back:
         os.environ["RAY_worker_niceness"] = "15"  # noqa: SIM112 -- Ray's own
-    options = train_ray.parse(["--batch=1", "--steps=400", *rest])
+    options = train_ray.parse(["--batch=2", "--steps=400", *rest])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         table = write_table(folder / "table", options.samples, seed=0)
