@@ -145,7 +145,8 @@ def write_inputs(folder: Path, arguments: argparse.Namespace) -> Path:
             }
         },
         "train": {
-            "num_workers": 1, "threads_per_worker": 2, "precision": arguments.precision,
+            "num_workers": 1, "threads_per_worker": 2, "zero_stage": 0, "parallel_micro_batches": 2,
+            "precision": arguments.precision,
             "checkpoint_every_steps": 10**6,
             "pretrain": {"global_batch_size": 8, "max_steps": 1}, "sft": {"global_batch_size": 16},
         },
