@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
 REPOSITORY = Path(__file__).parents[2]
 PIPELINE_TIMEOUT_S = 1100
 EPOCHS = {"pretrain": 80, "sft": 40}
+ONE_WORKER = {"num_workers": 1, "zero_stage": 0, "threads_per_worker": 2, "parallel_micro_batches": 2}
+"""Starts sooner than the demo's two, which other tests run."""
 
 
 def write_settings(user_data: Path, home: Path, port: int) -> Path:
@@ -36,6 +38,7 @@ def write_settings(user_data: Path, home: Path, port: int) -> Path:
         "sft": [source(captions, "train"), source(answers, "train"), source(captions, "test")],
         "mpo": [source("photos_mmpr.jsonl", "train")],
     }
+    settings["train"].update(ONE_WORKER)
     for stage, epochs in EPOCHS.items():
         settings["train"].setdefault(stage, {}).update(epochs=epochs, global_batch_size=8)
     settings["clip"]["epochs"] = 20
