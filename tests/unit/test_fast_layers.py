@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minivlm.model import fast_layers
 from minivlm.model.language import build_language_model
 from minivlm.model.projector import build_projector
-from minivlm.model.segments import flatten_rows, segment_layouts
+from minivlm.model.segments import flatten_rows, line_length, segment_layouts
 from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights, document_mask
 from tests.tiny_export import SIZES
 
@@ -180,9 +180,16 @@ def test_products_have_no_dropout_and_biased_scores_are_not_rounded(
     assert vlm.longest_product == longest
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 63, 64, 65])
-def test_a_line_has_few_lengths_and_keeps_the_order(num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "length"), [(0, 32), (1, 32), (32, 32), (33, 64), (1023, 1024), (1024, 1024), (1025, 1088)]
+)
+def test_a_line_has_few_lengths(num_tokens: int, length: int) -> None:
     """oneDNN compiles a kernel for each number of rows that it meets and keeps it."""
+    assert line_length(num_tokens) == length
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 31, 32, 33, 64])
+def test_a_line_keeps_the_order(num_tokens: int) -> None:
     segment_ids = torch.zeros(3, 40, dtype=torch.int64)
     segment_ids.view(-1)[: num_tokens + num_tokens // 2 : 3] = 1
     segment_ids.view(-1)[1 : num_tokens + num_tokens // 2 : 3] = 1
@@ -193,7 +200,7 @@ def test_a_line_has_few_lengths_and_keeps_the_order(num_tokens: int) -> None:
     line = flatten_rows(batch | {"image_index": torch.arange(2)}, pad_token_id=1)
     assert line["image_index"].tolist() == [0, 1]
     for name, padding in (("input_ids", 1), ("labels", -100), ("position_ids", 0), ("segment_ids", 0)):
-        assert line[name].shape == (1, max(64, -(-count // 64) * 64))
+        assert line[name].shape == (1, line_length(count))
         assert torch.equal(line[name][0, :count], batch[name][segment_ids != 0])
         assert (line[name][0, count:] == padding).all()
 
