@@ -8,8 +8,9 @@ multiplied by the world size here, and the gradient is that of the sum over all 
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights
 from minivlm.train.lanes import Lanes
-from minivlm.train.masters import MasterWeights, clip_gradients
-from minivlm.train.optimizer import OptimizerSettings, decay_groups, learning_rate_at, muon_groups
+from minivlm.train.masters import CompiledAdamW, MasterWeights, clip_gradients
+from minivlm.train.optimizer import Groups, OptimizerSettings, learning_rate_at, parameter_groups
 from minivlm.train.stages import Batch, StageLoss
-from minivlm.train.zero import ZeroState
+from minivlm.train.zero import Place, ZeroState
 
 _hidden = sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]  # its autotuner would import it: 2 s a worker
 import deepspeed  # noqa: E402
@@ -83,17 +84,21 @@ class Engine:
         model = model.to(device)
         learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         sizes = {name: parameter.numel() for name, parameter in learning.items()}
-        self._updated: dict[str, nn.Parameter] = learning
-        """At ZeRO-0 what the optimizer updates: the weights, or their float32 copies."""
+        self._learning = list(learning.values())
+        groups = parameter_groups(learning.items(), optimizer)
         if not self._is_sharded:
             for weights in learning.values():  # DeepSpeed does so too, but after the optimizer has its copies
                 dist.broadcast(weights.data, 0)
+        self._places: dict[str, Place] = {name: (weights, 0) for name, weights in learning.items()}
+        """At ZeRO-0 what the optimizer updates and where in it a parameter starts: itself, or its float32 copy."""
         if precision == "bfloat16" and not self._is_sharded:
-            masters = MasterWeights(learning, lambda named: make_optimizer(named, optimizer))
+            kind = CompiledAdamW if is_compiled and device.type == "cpu" and not uses_muon else MasterWeights
+            masters = kind(groups, partial(make_optimizer, settings=optimizer))
+            self._places = {self._names[id(weights)]: place for weights, place in masters.places()}
             cast_weights(model, torch.bfloat16)
-            updater, self._updated = masters, masters.masters
+            updater: torch.optim.Optimizer = masters
         else:
-            updater = make_optimizer(learning.items(), optimizer)
+            updater = make_optimizer(groups, optimizer)
         self._lanes = Lanes(model, num_lanes, is_compiled=is_compiled)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=updater, config=config)
         if not self._is_sharded:
@@ -104,7 +109,7 @@ class Engine:
             self._engine.optimizer,
             learning,
             sizes,
-            updated=self._updated,
+            places=self._places,
             zero_stage=zero_stage,
             precision=precision,
             rank=dist.get_rank(),
@@ -155,7 +160,7 @@ class Engine:
         if isinstance(self._engine.optimizer, MasterWeights):
             norm = self._engine.optimizer.clip(self._clip_norm)
         else:
-            norm = clip_gradients(self._updated.values(), self._clip_norm)
+            norm = clip_gradients(self._learning, self._clip_norm)
         self._engine.step()
         return StepReport(rate, norm)
 
@@ -190,7 +195,8 @@ class Engine:
             elif self._is_sharded:
                 full = safe_get_full_fp32_param(parameter)
             else:
-                full = self._updated[name]
+                master, start = self._places[name]
+                full = master.view(-1)[start : start + parameter.numel()].view_as(parameter)
             if full is None:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     full = parameter.data.float()
@@ -199,15 +205,12 @@ class Engine:
         return weights if is_first else None
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> torch.optim.Optimizer:
+def make_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """AdamW, or DeepSpeed's Muon with AdamW beside it (ZeRO orthogonalises whole matrices before it shards them)."""
-    betas = (0.9, settings.beta2)
     if not settings.muon_learning_rate:
-        groups = decay_groups((parameter for _, parameter in named), settings.weight_decay)
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2), fused=True)
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # compiles functions when imported
 
-    groups = muon_groups(named, settings)
     for group in groups:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]

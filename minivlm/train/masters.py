@@ -4,18 +4,52 @@ DeepSpeed's own FP16_UnfusedOptimizer goes over all gradients some times more, a
 that only float16 has (docs/RESULTS.md). Called by `minivlm.train.engine`.
 """
 
-import sys
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Collection, Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+
+from minivlm.train.optimizer import Groups
 
 CLIP_EPSILON = 1e-6
 """As torch.nn.utils.clip_grad_norm_."""
 
 PIECE_ELEMENTS = 8_000_000
-"""Gradients that are float32 at a time. All at once take 4 ms more for 27M parameters, and as much memory as these."""
+"""Weights that are updated at a time. All 27M at once take 4 ms more, and as much memory for float32 gradients."""
+
+ALIGNED_ELEMENTS = 32
+"""Within a piece weights start at a multiple of these: 64 bytes of bfloat16, as memory of their own would."""
+
+
+class Piece:
+    """Weights of one group that are updated together, one after the other in memory; a single one keeps its shape."""
+
+    def __init__(self, weights: list[nn.Parameter]) -> None:
+        """Keep the float32 values and let the weights compute in bfloat16 from now on."""
+        self.weights = weights
+        sizes = [-(-one.numel() // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS for one in weights[:-1]]
+        self.offsets = list(accumulate(sizes, initial=0))
+        shape = weights[0].shape if len(weights) == 1 else (self.offsets[-1] + weights[-1].numel(),)
+        self.master = nn.Parameter(weights[0].new_zeros(shape))
+        for one, values in zip(weights, self.parts(self.master.detach()), strict=True):
+            values.copy_(one.detach())
+        self.rounded = self.master.detach().bfloat16()
+        for one, values in zip(weights, self.parts(self.rounded), strict=True):
+            one.data = values
+        self.gradient = torch.zeros_like(self.rounded)
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """The weights' parts of a tensor laid out as `master`, each in its shape."""
+        flat = whole.view(-1)
+        return [flat[at : at + one.numel()].view_as(one) for at, one in zip(self.offsets, self.weights, strict=True)]
+
+    def take_gradient(self) -> None:
+        """Move that of the weights to `gradient`."""
+        for one, values in zip(self.weights, self.parts(self.gradient), strict=True):
+            values.copy_(whole_gradient(one))
+            one.grad = None
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -24,74 +58,137 @@ class MasterWeights(torch.optim.Optimizer):
     `param_groups` and `state` are those of the copies.
     """
 
-    def __init__(self, working: Mapping[str, nn.Parameter], make: Callable[[Any], torch.optim.Optimizer]) -> None:
+    def __init__(self, groups: Groups, make: Callable[[Groups], torch.optim.Optimizer]) -> None:
         """Keep the float32 values and let the weights compute in bfloat16 from now on.
 
         Args:
-            working: what learns, by name; changed in place.
-            make: from (name, copy) of each to their optimizer.
+            groups: what learns; the weights move to other memory.
+            make: from such groups of copies to their optimizer.
         """
-        self.working = dict(working)
-        self.masters = {name: nn.Parameter(weights.data) for name, weights in self.working.items()}
-        for weights in self.working.values():
-            weights.data = weights.data.bfloat16()
-        self._optimizer = make(self.masters.items())
+        takes_all = any(group.get("use_muon") for group in groups)  # DeepSpeed's fills in missing gradients
+        self.pieces: list[Piece] = []
+        copies: Groups = []
+        for group in groups:
+            pieces = [Piece(part) for part in _divide(group["params"], 1 if takes_all else PIECE_ELEMENTS)]
+            copies.append({**group, "params": [piece.master for piece in pieces]})
+            self.pieces += pieces
+        self._optimizer = make(copies)
         super().__init__(self._optimizer.param_groups, {})
         self.param_groups, self.state = self._optimizer.param_groups, self._optimizer.state
-        takes_all = any(group.get("use_muon") for group in self.param_groups)  # DeepSpeed's fills in missing gradients
-        self._pieces = _pieces(self.masters, sys.maxsize if takes_all else PIECE_ELEMENTS)
-        longest = max(sum(self.masters[name].numel() for name in names) for names in self._pieces)
-        self._gradients = torch.empty(longest, device=next(iter(self.masters.values())).device)
-        self._scale: Tensor | None = None
+        self._turns = [self.pieces] if takes_all else [[piece] for piece in self.pieces]
+        self._float32: Tensor | None = None
+        self._scale = 1.0
+
+    def places(self) -> Iterator[tuple[nn.Parameter, tuple[nn.Parameter, int]]]:
+        """Of all that learns: the weights, their copy, and the first of their elements in it."""
+        for piece in self.pieces:
+            for weights, offset in zip(piece.weights, piece.offsets, strict=True):
+                yield weights, (piece.master, offset)
 
     @torch.no_grad()
     def clip(self, clip_norm: float) -> float:
-        """Let the next step scale gradients down to a norm, if theirs is larger.
+        """Take the weights' gradients, and let the next step scale them down to a norm if theirs is larger.
 
         Returns:
             Their norm, summed in float32.
         """
-        squares = []
-        for name in self.masters:
-            gradient = self._in_float32([name])[0].flatten()
-            squares.append(gradient @ gradient)  # on a CPU in a third of the time of linalg.vector_norm
-        norm = torch.stack(squares).sum().sqrt()
-        self._scale = clip_norm / (norm + CLIP_EPSILON) if float(norm) > clip_norm else None
+        for piece in self.pieces:
+            piece.take_gradient()
+        norm = torch.stack([self._square_sum(piece) for piece in self.pieces]).sum().sqrt()
+        self._scale = float(clip_norm / (norm + CLIP_EPSILON)) if float(norm) > clip_norm else 1.0
         return float(norm)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update the copies from the gradients of the weights, which are cleared, and round them into the weights."""
-        for names in self._pieces:
-            for name, gradient in zip(names, self._in_float32(names), strict=True):
-                self.masters[name].grad = gradient if self._scale is None else gradient.mul_(self._scale)
-                self.working[name].grad = None
+        """Update the copies from the gradients that `clip` took, and round them into the weights."""
+        for pieces in self._turns:
+            for piece, gradient in zip(pieces, self._in_float32(pieces), strict=True):
+                piece.master.grad = gradient if self._scale == 1 else gradient.mul_(self._scale)
             self._optimizer.step(closure)
-            for name in names:
-                self.working[name].copy_(self.masters[name])
-                self.masters[name].grad = None
+            for piece in pieces:
+                piece.rounded.copy_(piece.master)
+                piece.master.grad = None
 
-    def _in_float32(self, names: list[str]) -> list[Tensor]:
-        """Gradients of some weights, in memory that the next call uses again."""
-        sizes = [self.masters[name].numel() for name in names]
-        parts = self._gradients[: sum(sizes)].split(sizes)
-        shaped = [part.view_as(self.masters[name]) for name, part in zip(names, parts, strict=True)]
-        for name, gradient in zip(names, shaped, strict=True):
-            gradient.copy_(whole_gradient(self.working[name]))
-        return shaped
+    def _square_sum(self, piece: Piece) -> Tensor:
+        gradient = self._in_float32([piece])[0].view(-1)
+        return gradient @ gradient  # on a CPU in a third of the time of linalg.vector_norm
+
+    def _in_float32(self, pieces: list[Piece]) -> list[Tensor]:
+        """Gradients of some pieces, in memory that the next call uses again."""
+        if self._float32 is None:
+            longest = max(sum(piece.master.numel() for piece in turn) for turn in self._turns)
+            self._float32 = pieces[0].master.new_empty(longest)
+        sizes = [piece.master.numel() for piece in pieces]
+        parts = self._float32[: sum(sizes)].split(sizes)
+        return [part.view_as(piece.master).copy_(piece.gradient) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def _pieces(masters: Mapping[str, nn.Parameter], limit: int) -> list[list[str]]:
-    """Names in their order, each list of at most so many elements or of one parameter."""
-    pieces: list[list[str]] = []
+class CompiledAdamW(MasterWeights):
+    """The same for AdamW by two compiled passes over memory, for the norm and for all the rest."""
+
+    def __init__(self, groups: Groups, make: Callable[[Groups], torch.optim.Optimizer]) -> None:
+        """As `MasterWeights`; `make` gives a torch.optim.AdamW, whose groups and state are used."""
+        super().__init__(groups, make)
+        self._sum, self._pass = torch.compile(_square_sum, dynamic=True), torch.compile(_adamw_pass, dynamic=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the copies from the gradients that `clip` took, and round them into the weights."""
+        groups = {id(master): group for group in self.param_groups for master in group["params"]}
+        for piece in self.pieces:
+            group, state = groups[id(piece.master)], self.state[piece.master]
+            if not state:
+                state.update(
+                    step=torch.tensor(0.0),
+                    exp_avg=torch.zeros_like(piece.master),
+                    exp_avg_sq=torch.zeros_like(piece.master),
+                )
+            state["step"] += 1
+            (beta1, beta2), count, rate = group["betas"], int(state["step"]), group["lr"]
+            factors = [
+                self._scale,
+                1 - rate * group["weight_decay"],
+                1 - beta1,
+                beta2,
+                rate / (1 - beta1**count),
+                1 / math.sqrt(1 - beta2**count),
+                group["eps"],
+            ]
+            moved = (piece.master.detach(), state["exp_avg"], state["exp_avg_sq"], piece.rounded)
+            self._pass(*(tensor.view(-1) for tensor in (*moved, piece.gradient)), torch.tensor(factors))
+
+    def _square_sum(self, piece: Piece) -> Tensor:
+        total: Tensor = self._sum(piece.gradient.view(-1))
+        return total
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    return gradient.float().square().sum()
+
+
+def _adamw_pass(
+    weights: Tensor, mean: Tensor, square: Tensor, rounded: Tensor, gradient: Tensor, factors: Tensor
+) -> None:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101, as torch.optim.AdamW computes it; all but gradient is changed."""
+    scale, keep, mean_share, square_keep, rate, correction, epsilon = factors.unbind()
+    gradient = gradient.float() * scale
+    mean.lerp_(gradient, mean_share)
+    square.mul_(square_keep).add_(gradient.square() * (1 - square_keep))
+    weights.mul_(keep).sub_(rate * mean / (square.sqrt() * correction + epsilon))
+    rounded.copy_(weights)
+
+
+def _divide(weights: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
+    """In their order, each list of at most so many elements or of one parameter."""
+    parts: list[list[nn.Parameter]] = []
     room = 0
-    for name, master in masters.items():
-        if not pieces or master.numel() > room:
-            pieces.append([])
+    for one in weights:
+        if not parts or one.numel() > room:
+            parts.append([])
             room = limit
-        pieces[-1].append(name)
-        room -= master.numel()
-    return pieces
+        parts[-1].append(one)
+        room -= one.numel()
+    return parts
 
 
 def whole_gradient(weights: nn.Parameter) -> Tensor:

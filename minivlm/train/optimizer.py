@@ -38,6 +38,9 @@ class OptimizerSettings:
 
 MUON_MOMENTUM = 0.95
 
+Groups = list[dict[str, Any]]
+"""Of an optimizer: parameters as `params`, beside their settings."""
+
 
 def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -> float:
     """AdamW's rate in step `step` (0-based): up linearly to the peak, then down to the least rate.
@@ -61,17 +64,24 @@ def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -
     return settings.learning_rate * (settings.min_lr_fraction + (1 - settings.min_lr_fraction) * share)
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> Groups:
+    """What learns, for AdamW or for Muon with AdamW beside it."""
+    if settings.muon_learning_rate:
+        return muon_groups(named, settings)
+    return decay_groups((parameter for _, parameter in named), settings.weight_decay)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> Groups:
     """AdamW groups of the parameters that learn: matrices with decay, vectors (norms, biases) without."""
     learning = [parameter for parameter in parameters if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
+    groups: Groups = [
         {"params": [parameter for parameter in learning if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in learning if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def muon_groups(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> list[dict[str, Any]]:
+def muon_groups(named: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> Groups:
     """Groups for Muon (matrices inside the language model's layers) and for AdamW (all else that learns).
 
     Source: Keller Jordan 2024, https://kellerjordan.github.io/posts/muon/ (which parameters take it).

@@ -3,7 +3,7 @@
 | ZeRO stage, precision | optimizer | float32 weights of a parameter |
 |---|---|---|
 | 0 float32 | torch's own | the parameter itself, on every worker |
-| 0 bfloat16 | `MasterWeights` | a copy of each parameter, on every worker |
+| 0 bfloat16 | `MasterWeights` | a run in the copy of some parameters, on every worker |
 | 1, 2 (1 bfloat16: BF16_Optimizer) | DeepSpeedZeroOptimizer | a run in the worker's flat partition of its group |
 | 3 | DeepSpeedZeroOptimizer_Stage3 | an equal run on every worker, the last one padded |
 
@@ -23,6 +23,9 @@ from minivlm.train.shards import MASTER, SavedShards, Shard, save_shards
 
 ADAM_KEYS = ("exp_avg", "exp_avg_sq")
 MUON_KEY = "momentum_buffer"
+
+Place = tuple[nn.Parameter, int]
+"""What an optimizer updates, and the first element of a parameter in it when flattened."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class ZeroState:
         learning: dict[str, nn.Parameter],
         sizes: dict[str, int],
         *,
-        updated: dict[str, nn.Parameter],
+        places: dict[str, Place],
         zero_stage: int,
         precision: str,
         rank: int,
@@ -67,13 +70,13 @@ class ZeroState:
         Args:
             learning: parameters that learn, by name.
             sizes: their elements; ZeRO-3 leaves the parameters themselves empty.
-            updated: at stage 0 what the optimizer updates, by name; else unused.
+            places: at stage 0 of each of them; else unused.
         """
         self._optimizer, self._learning, self._sizes, self._zero_stage = optimizer, learning, sizes, zero_stage
         self._rank, self._world_size = rank, world_size
         self._base: torch.optim.Optimizer = optimizer.optimizer if zero_stage else optimizer
         self._has_whole_momenta = zero_stage == 2 or (zero_stage == 1 and precision == "float32")
-        self._names = {id(parameter): name for name, parameter in (learning if zero_stage else updated).items()}
+        self._names, self._places = {id(parameter): name for name, parameter in learning.items()}, places
         self._held = list(self._find())
 
     def save(self, directory: Path) -> None:
@@ -134,9 +137,9 @@ class ZeroState:
     def _find(self) -> Iterator[Held]:
         base = self._base
         if self._zero_stage == 0:
-            for number, group in enumerate(base.param_groups):
-                for buffer in group["params"]:
-                    yield Held(self._names[id(buffer)], number, buffer, 0, 0, buffer.numel())
+            groups = {id(buffer): i for i, group in enumerate(base.param_groups) for buffer in group["params"]}
+            for name, (buffer, offset) in self._places.items():
+                yield Held(name, groups[id(buffer)], buffer, offset, 0, self._sizes[name])
         elif self._zero_stage == 3:
             yield from self._find_stage_3()
         else:

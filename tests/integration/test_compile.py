@@ -1,6 +1,7 @@
 """Layers compiled by g++ in a stage of seconds: no cluster, but half a minute of compiling."""
 
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch.testing import assert_close
 
 from minivlm.model.checkpoint import MANIFEST
 from minivlm.model.fast_layers import _release_lock_in_kernels
+from minivlm.train import masters
+from tests.float32_copies import check_float32_copies
 from tests.tiny_stage import interrupted, run, stage_job, tiny_parts
 
 __all__ = ["tiny_parts"]
@@ -43,6 +46,13 @@ def test_compiled_layers_train_alike_and_resume_to_the_bit(
     again = stage_job(tiny_parts, tmp_path / "again", compile=True, **settings)
     interrupted(again, after=1)
     assert_close(exported(run(again)[1]), compiled, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.5, math.inf])
+@pytest.mark.parametrize("piece", [1, 9, 10_000])
+def test_a_compiled_update_is_that_of_torch(clip_norm: float, piece: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(masters, "PIECE_ELEMENTS", piece)
+    check_float32_copies(masters.CompiledAdamW, clip_norm)
 
 
 def test_other_threads_run_beside_a_compiled_kernel():
