@@ -215,7 +215,11 @@ class TrainConfig(Frozen):
         if self.zero_stage:
             return " needs whole gradients on the worker: type train.zero_stage=0, or train.parallel_micro_batches=1"
         if self.threads_per_worker % self.parallel_micro_batches:
-            return f" has to divide threads_per_worker: type train.threads_per_worker={self.parallel_micro_batches}"
+            multiple = -(-self.threads_per_worker // self.parallel_micro_batches) * self.parallel_micro_batches
+            return (
+                f" has to divide train.threads_per_worker={self.threads_per_worker}: type train.threads_per_worker="
+                f"{multiple}, or another number of micro-batches"
+            )
         for name, stage in (("pretrain", self.pretrain), ("sft", self.sft)):
             drops = {"attention_dropout": stage.attention_dropout}
             drops |= {"lora.dropout": stage.lora.dropout} if stage.lora else {}

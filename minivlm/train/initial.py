@@ -18,7 +18,7 @@ from minivlm.model.lora import add_adapters, decoder_layers, merge_adapters, qua
 from minivlm.model.projector import build_projector, whiten_input
 from minivlm.model.vlm import MiniVLM
 from minivlm.train.job import StageJob, whitening_pictures
-from minivlm.train.lanes import refuse_dropout
+from minivlm.train.lanes import refuse_randomness
 from minivlm.train.stages import TrainingError
 
 
@@ -81,7 +81,7 @@ def prepare_model(model: MiniVLM, job: StageJob, device: torch.device) -> None:
             )
         if train.parallel_micro_batches > 1:
             key = "train.parallel_micro_batches"
-            refuse_dropout(model)
+            refuse_randomness(model)
         if train.gradient_checkpointing:
             key = "train.gradient_checkpointing"
             model.language_model.activation_checkpointing_enable({"use_reentrant": False})

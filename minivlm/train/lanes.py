@@ -4,6 +4,7 @@ Two threads within every operation wait for each other some thousand times a ste
 with a micro-batch of their own they meet once (docs/RESULTS.md). Pure torch. Called by `minivlm.train.engine`.
 """
 
+import contextvars
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -41,7 +42,7 @@ class Lanes:
     def run(self, work: Callable[[int, Item], Result], items: Sequence[Item]) -> list[Result]:
         """`work(lane, item)` for each, item i in lane i % count, those of a lane in their order.
 
-        The first run takes the lanes in turn, so that nothing is compiled twice.
+        The first run takes the lanes in turn, so that what most steps need is compiled once.
 
         Returns:
             Results in the order of the items.
@@ -60,7 +61,8 @@ class Lanes:
         try:
             futures = []
             for lane, pool in enumerate(self._pools, start=1):
-                futures.append(pool.submit(of_lane, lane))
+                here = contextvars.copy_context()  # torch.compile's limits, which a new thread would not have
+                futures.append(pool.submit(here.run, of_lane, lane))
                 if self._is_first_run:
                     wait(futures)
             try:
@@ -96,18 +98,22 @@ def _twin(model: MiniVLM, is_compiled: bool) -> MiniVLM:
     return twin
 
 
-def refuse_dropout(model: nn.Module) -> None:
-    """Several lanes would draw what is dropped in no order that a resume could repeat.
+RANDOM = ("dropout", "layerdrop", "jitter")
+"""Words in the names of stock models' numbers that say how much is drawn at random in training."""
+
+
+def refuse_randomness(model: nn.Module) -> None:
+    """Several lanes would draw in no order that a resume could repeat.
 
     Raises:
-        ValueError: the model drops something at random in training.
+        ValueError: the model drops or changes something at random in training.
     """
     for path, module in model.named_modules():
-        shares = {name: value for name, value in vars(module).items() if "dropout" in name}
-        shares |= {"p": module.p} if isinstance(module, _DropoutNd) else {}
-        for name, share in shares.items():
-            if isinstance(share, float) and share > 0:
+        numbers = {name: value for name, value in vars(module).items() if any(word in name for word in RANDOM)}
+        numbers |= {"p": module.p} if isinstance(module, _DropoutNd) else {}
+        for name, number in numbers.items():
+            if isinstance(number, float) and number > 0:
                 raise ValueError(
-                    f"{path}.{name} drops {share:.0%} at random, and micro-batches side by side would draw in another "
-                    "order each time: type train.parallel_micro_batches=1"
+                    f"{path}.{name}={number:g} draws at random in training, and micro-batches side by side would draw "
+                    "in another order each time: type train.parallel_micro_batches=1"
                 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from minivlm.train.lanes import Lanes, refuse_dropout
+from minivlm.train.lanes import Lanes, refuse_randomness
 from tests.tiny_engine import tiny_vlm
 
 
@@ -84,13 +84,21 @@ def test_twins_share_weights_and_mode_and_give_their_gradients_away():
     assert all(its.grad is None for _, its in pairs)
 
 
-def test_what_drops_at_random_is_refused_by_name():
+def test_lanes_have_the_callers_limits_of_compilation():
+    """torch keeps its settings by context; with the usual 8 a lane would run its ninth layout as it is."""
+    lanes = Lanes(tiny_vlm(), 2, is_compiled=False)
+    with torch._dynamo.config.patch(recompile_limit=77):
+        assert lanes.run(lambda lane, item: torch._dynamo.config.recompile_limit, range(2)) == [77, 77]
+
+
+def test_what_draws_at_random_is_refused_by_name():
     model = tiny_vlm()
-    refuse_dropout(model)
-    model.language_model.model.layers[0].self_attn.attention_dropout = 0.25
-    with pytest.raises(
-        ValueError, match=r"layers\.0\.self_attn\.attention_dropout drops 25% .*parallel_micro_batches=1"
-    ):
-        refuse_dropout(model)
-    with pytest.raises(ValueError, match=r"1\.p drops 10%"):
-        refuse_dropout(nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.1)))
+    refuse_randomness(model)
+    attention = model.language_model.model.layers[0].self_attn
+    for name in ("attention_dropout", "layerdrop", "router_jitter_noise"):
+        setattr(attention, name, 0.25)
+        with pytest.raises(ValueError, match=rf"layers\.0\.self_attn\.{name}=0\.25 draws .*parallel_micro_batches=1"):
+            refuse_randomness(model)
+        setattr(attention, name, 0.0)
+    with pytest.raises(ValueError, match=r"1\.p=0\.1 draws"):
+        refuse_randomness(nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.1)))
