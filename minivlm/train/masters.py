@@ -150,6 +150,7 @@ class CompiledAdamW(MasterWeights):
                 1 - rate * group["weight_decay"],
                 1 - beta1,
                 beta2,
+                1 - beta2,
                 rate / (1 - beta1**count),
                 1 / math.sqrt(1 - beta2**count),
                 group["eps"],
@@ -170,10 +171,10 @@ def _adamw_pass(
     weights: Tensor, mean: Tensor, square: Tensor, rounded: Tensor, gradient: Tensor, factors: Tensor
 ) -> None:
     """Loshchilov and Hutter 2019, arXiv:1711.05101, as torch.optim.AdamW computes it; all but gradient is changed."""
-    scale, keep, mean_share, square_keep, rate, correction, epsilon = factors.unbind()
+    scale, keep, mean_share, square_keep, square_share, rate, correction, epsilon = factors.unbind()
     gradient = gradient.float() * scale
     mean.lerp_(gradient, mean_share)
-    square.mul_(square_keep).add_(gradient.square() * (1 - square_keep))
+    square.mul_(square_keep).add_(gradient.square() * square_share)
     weights.mul_(keep).sub_(rate * mean / (square.sqrt() * correction + epsilon))
     rounded.copy_(weights)
 
