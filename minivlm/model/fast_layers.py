@@ -8,6 +8,7 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -42,6 +43,28 @@ def use_segment_attention(vlm: MiniVLM) -> None:
         vlm.attends_by_segment = True
         has_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
         vlm.longest_product = 0 if has_bias or config.attention_dropout else LONGEST_PRODUCT
+        if config.model_type != "qwen3_moe":  # whose loss takes all tokens' routes in every layer
+            last = decoder_layers(vlm.language_model)[-1]
+            last.forward = MethodType(_forward_rows, last)
+            vlm.ends_with_rows = True
+
+
+def _forward_rows(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **attention: Any) -> Tensor:
+    """The stock layer, whose feed-forward part may run for some tokens only: nobody reads the others of the last layer.
+
+    Args:
+        hidden_states: [1, M, D].
+        rows: [R] tokens; None = all.
+
+    Returns:
+        [1, R, D].
+    """
+    mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **attention)
+    hidden_states = hidden_states + mixed
+    if rows is not None:
+        hidden_states = hidden_states.index_select(1, rows)
+    output: Tensor = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+    return output
 
 
 def segment_attention(

@@ -50,6 +50,8 @@ class MiniVLM(nn.Module):
         """Whether the language model takes `segment_layouts` in the place of rows and a mask."""
         self.longest_product = 0
         """Tokens of the samples that then attend by products."""
+        self.ends_with_rows = False
+        """Whether its last layer takes `supervised_rows`, and returns these only."""
         self.returns_mean_logps = False
         """Whether a forward in training mode returns `mean_logps`, which label smoothing needs."""
         self.logps_of = target_logps
@@ -75,6 +77,8 @@ class MiniVLM(nn.Module):
         if self.attends_by_segment:
             batch = flatten_rows(batch, pad_token_id=int(self.image_token_id == 0))  # any token but a placeholder
             attention: dict[str, Any] = {"attention_mask": None, "layouts": self._layouts(batch["segment_ids"])}
+            if self.ends_with_rows:
+                attention["rows"] = supervised_rows(batch["labels"])
         else:
             embedding = self.language_model.get_input_embeddings().weight
             attention = {"attention_mask": document_mask(batch["segment_ids"], embedding.dtype)}
@@ -90,10 +94,10 @@ class MiniVLM(nn.Module):
         )
         targets = batch["labels"][:, 1:]
         is_supervised = targets != IGNORE
-        hidden_states = outputs.last_hidden_state[:, :-1][is_supervised]
-        num_supervised = len(hidden_states)
-        padded = functional.pad(hidden_states, (0, 0, 0, -num_supervised % HEAD_MULTIPLE))
-        logits = self.language_model.get_output_embeddings()(padded)
+        hidden_states = outputs.last_hidden_state.flatten(0, 1)
+        if "rows" not in attention:
+            hidden_states = hidden_states.index_select(0, supervised_rows(batch["labels"]))
+        logits = self.language_model.get_output_embeddings()(hidden_states)
         with_mean = self.returns_mean_logps and self.training
         logps, mean_logps = self.logps_of(logits, targets[is_supervised], with_mean)
         aux_loss = logps.new_zeros(())
@@ -134,6 +138,17 @@ class MiniVLM(nn.Module):
                 "every picture needs one `<image>` in the text, expanded for this tower and projector. Prepare again"
             )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
+
+
+def supervised_rows(labels: Tensor) -> Tensor:
+    """Tokens before the supervised ones, counted through all rows: [M] int64, then token 0 up to a `HEAD_MULTIPLE`.
+
+    Args:
+        labels: [B, T], -100 = ignore; the first of a row is not looked at.
+    """
+    is_supervised = functional.pad(labels[:, 1:] != IGNORE, (0, 1))
+    rows = is_supervised.flatten().nonzero().squeeze(1)
+    return functional.pad(rows, (0, -len(rows) % HEAD_MULTIPLE))
 
 
 def target_logps(logits: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:

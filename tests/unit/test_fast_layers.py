@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minivlm.model import fast_layers
+from minivlm.model import vlm as vlm_module
 from minivlm.model.language import build_language_model
+from minivlm.model.lora import decoder_layers
 from minivlm.model.projector import build_projector
 from minivlm.model.segments import flatten_rows, line_length, segment_layouts
 from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights, document_mask
@@ -245,6 +247,20 @@ def test_a_stock_model_computes_the_same(architecture: str, dtype: torch.dtype, 
     found = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state  # as generation reads a prompt
     vlm.language_model.set_attn_implementation("sdpa")
     assert torch.equal(found, decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+
+
+@pytest.mark.parametrize(("architecture", "is_whole"), [("llama", False), ("qwen3", False), ("qwen3_moe", True)])
+def test_the_last_layer_feeds_forward_only_what_is_read(
+    architecture: str, is_whole: bool, make_rows: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm_module, "HEAD_MULTIPLE", 8)
+    vlm, batch, seen = small_vlm(architecture), make_rows(), []
+    fast_layers.use_segment_attention(vlm)
+    last = decoder_layers(vlm.language_model)[-1]
+    last.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    num_read, num_tokens = len(vlm(batch).logps), int((batch["segment_ids"] != 0).sum())
+    assert seen == [line_length(num_tokens) if is_whole else -(-num_read // 8) * 8]
+    assert vlm(batch | {"labels": torch.full_like(batch["labels"], -100)}).logps.shape == (0,)
 
 
 @pytest.mark.parametrize(
