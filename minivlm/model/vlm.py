@@ -10,16 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minivlm.model.segments import PackedLayout, SegmentLayout, flatten_rows, segment_layouts
+from minivlm.model.segments import PackedLayout, SegmentLayout, flatten_rows, line_length, segment_layouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
 
 IGNORE = -100
-HEAD_MULTIPLE = 64
-"""The head computes a multiple of so many tokens. Their number is another in every micro-batch, and for bfloat16 oneDNN
-compiles a kernel for each that it meets and keeps it: 20 ms and 10 MB a step (vocabulary 6400; docs/RESULTS.md). A
-micro-batch of 4096 tokens can still have 64 such numbers."""
 
 
 class TokenLogps(NamedTuple):
@@ -141,14 +137,17 @@ class MiniVLM(nn.Module):
 
 
 def supervised_rows(labels: Tensor) -> Tensor:
-    """Tokens before the supervised ones, counted through all rows: [M] int64, then token 0 up to a `HEAD_MULTIPLE`.
+    """Tokens before the supervised ones, counted through all rows: [M] int64, then token 0 up to a `line_length`.
+
+    Their number is another in every micro-batch, and for bfloat16 oneDNN compiles a kernel for each that it meets and
+    keeps it: 20 ms and 10 MB a step for the head alone (vocabulary 6400; docs/RESULTS.md).
 
     Args:
         labels: [B, T], -100 = ignore; the first of a row is not looked at.
     """
     is_supervised = functional.pad(labels[:, 1:] != IGNORE, (0, 1))
     rows = is_supervised.flatten().nonzero().squeeze(1)
-    return functional.pad(rows, (0, -len(rows) % HEAD_MULTIPLE))
+    return functional.pad(rows, (0, line_length(len(rows)) - len(rows)))
 
 
 def target_logps(logits: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:

@@ -253,13 +253,13 @@ def test_a_stock_model_computes_the_same(architecture: str, dtype: torch.dtype, 
 def test_the_last_layer_feeds_forward_only_what_is_read(
     architecture: str, is_whole: bool, make_rows: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vlm_module, "HEAD_MULTIPLE", 8)
+    monkeypatch.setattr(vlm_module, "line_length", lambda num_tokens: num_tokens + 3)
     vlm, batch, seen = small_vlm(architecture), make_rows(), []
     fast_layers.use_segment_attention(vlm)
     last = decoder_layers(vlm.language_model)[-1]
     last.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     num_read, num_tokens = len(vlm(batch).logps), int((batch["segment_ids"] != 0).sum())
-    assert seen == [line_length(num_tokens) if is_whole else -(-num_read // 8) * 8]
+    assert seen == [line_length(num_tokens) if is_whole else num_read + 3]
     assert vlm(batch | {"labels": torch.full_like(batch["labels"], -100)}).logps.shape == (0,)
 
 
