@@ -8,6 +8,13 @@ from torch.testing import assert_close
 from minivlm.train.masters import MasterWeights
 
 
+def take_shares(weights: nn.Parameter) -> list[torch.Tensor]:
+    """As of up to three lanes; halves and quarters add up to the same bfloat16."""
+    gradient, weights.grad = weights.grad, None
+    shares = {3: (1.0,), 4: (0.5, 0.5)}.get(len(weights), (0.5, 0.25, 0.25))
+    return [] if gradient is None else [gradient * share for share in shares]
+
+
 def check_float32_copies(kind: type[MasterWeights], clip_norm: float) -> None:
     """Copies, moments and what is rounded after three steps; weights that were not reached move on by their decay."""
     generator = torch.Generator().manual_seed(0)
@@ -28,7 +35,7 @@ def check_float32_copies(kind: type[MasterWeights], clip_norm: float) -> None:
         wanted = float(nn.utils.clip_grad_norm_(plain, clip_norm))
         for group in (*optimizer.param_groups, *reference.param_groups):
             group["lr"] = 0.1 / (step + 1)
-        assert optimizer.clip(clip_norm) == pytest.approx(wanted, rel=1e-6)
+        assert optimizer.clip(clip_norm, take_shares) == pytest.approx(wanted, rel=1e-6)
         optimizer.step()
         reference.step()
         assert all(weights.grad is None for weights in working)

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from minivlm.log import get_logger
+from minivlm.model.last_layer import forward_read
 from minivlm.model.lora import decoder_layers
 from minivlm.model.products import causal_products
 from minivlm.model.segments import PackedLayout, SegmentLayout
@@ -45,26 +46,8 @@ def use_segment_attention(vlm: MiniVLM) -> None:
         vlm.longest_product = 0 if has_bias or config.attention_dropout else LONGEST_PRODUCT
         if config.model_type != "qwen3_moe":  # whose loss takes all tokens' routes in every layer
             last = decoder_layers(vlm.language_model)[-1]
-            last.forward = MethodType(_forward_rows, last)
-            vlm.ends_with_rows = True
-
-
-def _forward_rows(layer: nn.Module, hidden_states: Tensor, rows: Tensor | None = None, **attention: Any) -> Tensor:
-    """The stock layer, whose feed-forward part may run for some tokens only: nobody reads the others of the last layer.
-
-    Args:
-        hidden_states: [1, M, D].
-        rows: [R] tokens; None = all.
-
-    Returns:
-        [1, R, D].
-    """
-    mixed, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **attention)
-    hidden_states = hidden_states + mixed
-    if rows is not None:
-        hidden_states = hidden_states.index_select(1, rows)
-    output: Tensor = hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
-    return output
+            last.forward = MethodType(forward_read, last)
+            vlm.ends_with_read = True
 
 
 def segment_attention(

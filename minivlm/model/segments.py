@@ -2,10 +2,11 @@
 
 Attention runs on groups of samples of similar length, causally within each sample, so that no mask says who may look at
 whom and no product is computed between samples. Everything else in a decoder is token by token and computes no padding
-but that to a multiple of 32 or 64. Called by `minivlm.model.vlm`, used by `minivlm.model.fast_layers`.
+but that to a multiple of 16 or 64. Called by `minivlm.model.vlm`, used by `minivlm.model.fast_layers`.
 """
 
 import operator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 FEW_TOKENS = 1024
-"""Tokens of a micro-batch are a multiple of 32 up to here, of 64 above: for bfloat16 oneDNN compiles a kernel for each
-number of rows that it meets and keeps it, so there should be few (4096 tokens can have 80)."""
+"""Tokens of a micro-batch are a multiple of 16 up to here, of 64 above: for bfloat16 oneDNN compiles a kernel for each
+number of rows that it meets and keeps it, so there should be few (4096 tokens can have 112)."""
 
 WIDTH_MULTIPLE = 32
 """Tokens of the samples of one group, with padding: torch's softmax works on 32 bfloat16 at a time and is up to 2.5
@@ -121,6 +122,7 @@ def pack_layout(layout: SegmentLayout) -> PackedLayout:
     return PackedLayout(torch.cat([header, *indices]), sum(map(operator.mul, counts, widths)), num_scores)
 
 
+@lru_cache(maxsize=8)  # by identity, as tensors have it: every layer of a step asks for the same
 def unpack_layout(packed: Tensor) -> tuple[list[tuple[int, int]], HeadRows, HeadRows]:
     """Groups and rows of queries and keys of `PackedLayout.packed`."""
     num_groups, *sizes = packed[:9].tolist()
@@ -177,24 +179,35 @@ def group_width(lengths: Tensor) -> Tensor:
 
 def line_length(num_tokens: int) -> int:
     """Tokens computed for a micro-batch of so many, padding included; at least one multiple."""
-    multiple = 32 if num_tokens <= FEW_TOKENS else 64
+    multiple = 16 if num_tokens <= FEW_TOKENS else 64
     return max(1, -(-num_tokens // multiple)) * multiple
 
 
-def flatten_rows(batch: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+def flatten_rows(batch: dict[str, Tensor], pad_token_id: int, is_needed: Tensor) -> dict[str, Tensor]:
     """The same micro-batch in one line of `line_length` tokens, its other columns as they are.
 
     Args:
-        batch: input_ids, labels, position_ids, segment_ids [B, T].
+        batch: input_ids, targets, position_ids, segment_ids [B, T].
+        is_needed: [B, T] bool. What follows the last such token of a sample, as its end token does, is left out:
+            attention is causal, so nothing depends on it.
 
     Returns:
         These as [1, M], in reading order, padding at the end.
     """
-    tokens = batch["segment_ids"].flatten().nonzero().squeeze(1)
+    tokens = _without_tails(batch["segment_ids"].flatten(), is_needed.flatten())
     missing = line_length(len(tokens)) - len(tokens)
-    padding = {"input_ids": pad_token_id, "labels": -100, "position_ids": 0, "segment_ids": 0}
+    padding = {"input_ids": pad_token_id, "targets": -100, "position_ids": 0, "segment_ids": 0}
     lines = {
         name: functional.pad(batch[name].flatten()[tokens], (0, missing), value=value).unsqueeze(0)
         for name, value in padding.items()
     }
     return {**batch, **lines}
+
+
+def _without_tails(segment_ids: Tensor, is_needed: Tensor) -> Tensor:
+    """Places that are needed, or before one of the same segment that is."""
+    places = torch.arange(len(segment_ids), device=segment_ids.device)
+    none = len(segment_ids)
+    next_needed = torch.where(is_needed, places, none).flip(0).cummin(0).values.flip(0)
+    its_segment = functional.pad(segment_ids, (0, 1))[next_needed]
+    return ((segment_ids != 0) & (segment_ids == its_segment)).nonzero().squeeze(1)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minivlm.model.segments import PackedLayout, SegmentLayout, flatten_rows, line_length, segment_layouts
+from minivlm.model.read_tokens import IGNORE, next_labels, read_tokens, take
+from minivlm.model.segments import PackedLayout, SegmentLayout, flatten_rows, segment_layouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
-
-IGNORE = -100
 
 
 class TokenLogps(NamedTuple):
@@ -46,8 +45,8 @@ class MiniVLM(nn.Module):
         """Whether the language model takes `segment_layouts` in the place of rows and a mask."""
         self.longest_product = 0
         """Tokens of the samples that then attend by products."""
-        self.ends_with_rows = False
-        """Whether its last layer takes `supervised_rows`, and returns these only."""
+        self.ends_with_read = False
+        """Whether its last layer takes `ReadTokens`, and returns these only."""
         self.returns_mean_logps = False
         """Whether a forward in training mode returns `mean_logps`, which label smoothing needs."""
         self.logps_of = target_logps
@@ -70,11 +69,16 @@ class MiniVLM(nn.Module):
         Raises:
             ValueError: placeholders unlike the pictures.
         """
+        batch = {**batch, "targets": next_labels(batch["labels"])}
         if self.attends_by_segment:
-            batch = flatten_rows(batch, pad_token_id=int(self.image_token_id == 0))  # any token but a placeholder
+            is_needed = (batch["targets"] != IGNORE) | (batch["input_ids"] == self.image_token_id)
+            if self.num_experts_per_token:
+                is_needed = batch["segment_ids"] != 0  # the router's loss takes all tokens
+            padding = int(self.image_token_id == 0)  # any token but a placeholder
+            batch = flatten_rows(batch, padding, is_needed)
             attention: dict[str, Any] = {"attention_mask": None, "layouts": self._layouts(batch["segment_ids"])}
-            if self.ends_with_rows:
-                attention["rows"] = supervised_rows(batch["labels"])
+            if self.ends_with_read:
+                attention["read"] = read_tokens(batch["targets"])
         else:
             embedding = self.language_model.get_input_embeddings().weight
             attention = {"attention_mask": document_mask(batch["segment_ids"], embedding.dtype)}
@@ -88,19 +92,19 @@ class MiniVLM(nn.Module):
             **attention,
             **router,
         )
-        targets = batch["labels"][:, 1:]
-        is_supervised = targets != IGNORE
+        targets = batch["targets"]
+        is_read = targets != IGNORE
         hidden_states = outputs.last_hidden_state.flatten(0, 1)
-        if "rows" not in attention:
-            hidden_states = hidden_states.index_select(0, supervised_rows(batch["labels"]))
+        if "read" not in attention:
+            hidden_states = take(hidden_states, read_tokens(targets))
         logits = self.language_model.get_output_embeddings()(hidden_states)
         with_mean = self.returns_mean_logps and self.training
-        logps, mean_logps = self.logps_of(logits, targets[is_supervised], with_mean)
+        logps, mean_logps = self.logps_of(logits, targets[is_read], with_mean)
         aux_loss = logps.new_zeros(())
         if self.num_experts_per_token:
             balance = load_balancing_loss(outputs.router_logits, segment_ids != 0, self.num_experts_per_token)
             aux_loss = self.router_loss_coef * balance
-        return TokenLogps(logps, segment_ids[:, 1:][is_supervised], aux_loss, mean_logps)
+        return TokenLogps(logps, segment_ids[is_read], aux_loss, mean_logps)
 
     def _layouts(self, segment_ids: Tensor) -> tuple[PackedLayout | None, SegmentLayout | None]:
         config = self.language_model.config.get_text_config()
@@ -134,20 +138,6 @@ class MiniVLM(nn.Module):
                 "every picture needs one `<image>` in the text, expanded for this tower and projector. Prepare again"
             )
         return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
-
-
-def supervised_rows(labels: Tensor) -> Tensor:
-    """Tokens before the supervised ones, counted through all rows: [M] int64, then token 0 up to a `line_length`.
-
-    Their number is another in every micro-batch, and for bfloat16 oneDNN compiles a kernel for each that it meets and
-    keeps it: 20 ms and 10 MB a step for the head alone (vocabulary 6400; docs/RESULTS.md).
-
-    Args:
-        labels: [B, T], -100 = ignore; the first of a row is not looked at.
-    """
-    is_supervised = functional.pad(labels[:, 1:] != IGNORE, (0, 1))
-    rows = is_supervised.flatten().nonzero().squeeze(1)
-    return functional.pad(rows, (0, line_length(len(rows)) - len(rows)))
 
 
 def target_logps(logits: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:

@@ -144,7 +144,8 @@ class Engine:
             return result.metrics
 
         metrics = self._lanes.run(differentiate, range(len(batches)))
-        self._lanes.add_gradients()
+        if self.world_size > 1 or not isinstance(self._engine.optimizer, MasterWeights):
+            self._lanes.add_gradients()  # else where they are taken
         if not self._is_sharded and self.world_size > 1:
             self._engine.allreduce_gradients()
         return metrics
@@ -158,7 +159,7 @@ class Engine:
             self._engine.step()
             return StepReport(rate, float(self._engine.get_global_grad_norm()))
         if isinstance(self._engine.optimizer, MasterWeights):
-            norm = self._engine.optimizer.clip(self._clip_norm)
+            norm = self._engine.optimizer.clip(self._clip_norm, self._lanes.take_gradients)
         else:
             norm = clip_gradients(self._learning, self._clip_norm)
         self._engine.step()

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from minivlm.model.fast_layers import compile_model
@@ -35,6 +35,8 @@ class Lanes:
         """
         self.modules = [model, *(_twin(model, is_compiled) for _ in range(count - 1))]
         """The model of each lane."""
+        parameters = zip(*(module.parameters() for module in self.modules), strict=True)
+        self._twins = {id(same[0]): same for same in parameters}
         self._threads = max(1, torch.get_num_threads() // count)
         self._pools = [ThreadPoolExecutor(1, "lane", torch.set_num_threads, (self._threads,)) for _ in range(1, count)]
         self._is_first_run = True
@@ -75,18 +77,25 @@ class Lanes:
         parts += [future.result() for future in futures]
         return [parts[index % count][index // count] for index in range(len(items))]
 
+    def take_gradients(self, weights: nn.Parameter) -> list[Tensor]:
+        """Those of one of the model's parameters in the lanes that reached it, which then have none."""
+        found = []
+        for one in self._twins[id(weights)]:
+            if one.grad is not None:
+                found.append(one.grad)
+                one.grad = None
+        return found
+
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Add those of the twins to the model's, and clear them."""
-        for twin in self.modules[1:]:
-            for weights, twins in zip(self.modules[0].parameters(), twin.parameters(), strict=True):
-                if twins.grad is None:
-                    continue
-                if weights.grad is None:
-                    weights.grad = twins.grad
-                else:
-                    weights.grad += twins.grad
-                twins.grad = None
+        if len(self.modules) == 1:
+            return
+        for weights in self.modules[0].parameters():
+            found = self.take_gradients(weights)
+            for gradient in found[1:]:
+                found[0] += gradient
+            weights.grad = found[0] if found else None
 
 
 def _twin(model: MiniVLM, is_compiled: bool) -> MiniVLM:

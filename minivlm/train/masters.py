@@ -5,7 +5,8 @@ that only float16 has (docs/RESULTS.md). Called by `minivlm.train.engine`.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -16,11 +17,12 @@ from minivlm.train.optimizer import Groups
 CLIP_EPSILON = 1e-6
 """As torch.nn.utils.clip_grad_norm_."""
 
-PIECE_ELEMENTS = 8_000_000
-"""Weights that are updated at a time. All 27M at once take 4 ms more, and as much memory for float32 gradients."""
-
 ALIGNED_ELEMENTS = 32
 """Within a piece weights start at a multiple of these: 64 bytes of bfloat16, as memory of their own would."""
+
+
+TakeGradients = Callable[[nn.Parameter], Sequence[Tensor]]
+"""Of some weights: their gradients, still to be added up, and no longer theirs (`Lanes.take_gradients`)."""
 
 
 class Piece:
@@ -45,11 +47,16 @@ class Piece:
         flat = whole.view(-1)
         return [flat[at : at + one.numel()].view_as(one) for at, one in zip(self.offsets, self.weights, strict=True)]
 
-    def take_gradient(self) -> None:
-        """Move that of the weights to `gradient`."""
+    def take_gradient(self, take: TakeGradients) -> None:
+        """Move that of the weights to `gradient`; 0 where no micro-batch reached them."""
         for one, values in zip(self.weights, self.parts(self.gradient), strict=True):
-            values.copy_(whole_gradient(one))
-            one.grad = None
+            found = take(one)
+            if len(found) < 2:
+                values.copy_(found[0] if found else torch.zeros(()))
+                continue
+            torch.add(found[0], found[1], out=values)
+            for another in found[2:]:
+                values += another
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -57,6 +64,9 @@ class MasterWeights(torch.optim.Optimizer):
 
     `param_groups` and `state` are those of the copies.
     """
+
+    piece_elements = 8_000_000
+    """Weights that are updated at a time. All 27M at once take 4 ms more, and as much memory for float32 gradients."""
 
     def __init__(self, groups: Groups, make: Callable[[Groups], torch.optim.Optimizer]) -> None:
         """Keep the float32 values and let the weights compute in bfloat16 from now on.
@@ -69,7 +79,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.pieces: list[Piece] = []
         copies: Groups = []
         for group in groups:
-            pieces = [Piece(part) for part in _divide(group["params"], 1 if takes_all else PIECE_ELEMENTS)]
+            pieces = [Piece(part) for part in _divide(group["params"], 1 if takes_all else self.piece_elements)]
             copies.append({**group, "params": [piece.master for piece in pieces]})
             self.pieces += pieces
         self._optimizer = make(copies)
@@ -86,14 +96,14 @@ class MasterWeights(torch.optim.Optimizer):
                 yield weights, (piece.master, offset)
 
     @torch.no_grad()
-    def clip(self, clip_norm: float) -> float:
-        """Take the weights' gradients, and let the next step scale them down to a norm if theirs is larger.
+    def clip(self, clip_norm: float, take: TakeGradients) -> float:
+        """Take the weights' gradients, add them up, and let the next step scale them to a norm if theirs is larger.
 
         Returns:
             Their norm, summed in float32.
         """
         for piece in self.pieces:
-            piece.take_gradient()
+            piece.take_gradient(take)
         norm = torch.stack([self._square_sum(piece) for piece in self.pieces]).sum().sqrt()
         self._scale = float(clip_norm / (norm + CLIP_EPSILON)) if float(norm) > clip_norm else 1.0
         return float(norm)
@@ -125,6 +135,8 @@ class MasterWeights(torch.optim.Optimizer):
 
 class CompiledAdamW(MasterWeights):
     """The same for AdamW by two compiled passes over memory, for the norm and for all the rest."""
+
+    piece_elements = sys.maxsize  # gradients stay bfloat16, and every piece costs 0.7 ms of calls
 
     def __init__(self, groups: Groups, make: Callable[[Groups], torch.optim.Optimizer]) -> None:
         """As `MasterWeights`; `make` gives a torch.optim.AdamW, whose groups and state are used."""

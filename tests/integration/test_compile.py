@@ -51,7 +51,7 @@ def test_compiled_layers_train_alike_and_resume_to_the_bit(
 @pytest.mark.parametrize("clip_norm", [0.5, math.inf])
 @pytest.mark.parametrize("piece", [1, 9, 10_000])
 def test_a_compiled_update_is_that_of_torch(clip_norm: float, piece: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(masters, "PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(masters.CompiledAdamW, "piece_elements", piece)
     check_float32_copies(masters.CompiledAdamW, clip_norm)
 
 

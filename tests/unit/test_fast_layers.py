@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from minivlm.model import fast_layers
-from minivlm.model import vlm as vlm_module
+from minivlm.model import fast_layers, read_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.lora import decoder_layers
 from minivlm.model.projector import build_projector
@@ -183,7 +182,7 @@ def test_products_have_no_dropout_and_biased_scores_are_not_rounded(
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "length"), [(0, 32), (1, 32), (32, 32), (33, 64), (1023, 1024), (1024, 1024), (1025, 1088)]
+    ("num_tokens", "length"), [(0, 16), (1, 16), (16, 16), (17, 32), (1009, 1024), (1024, 1024), (1025, 1088)]
 )
 def test_a_line_has_few_lengths(num_tokens: int, length: int) -> None:
     """oneDNN compiles a kernel for each number of rows that it meets and keeps it."""
@@ -197,14 +196,38 @@ def test_a_line_keeps_the_order(num_tokens: int) -> None:
     segment_ids.view(-1)[1 : num_tokens + num_tokens // 2 : 3] = 1
     segment_ids[:, 30:] = 0
     count = int(segment_ids.sum())
-    names = ("input_ids", "labels", "position_ids")
+    names = ("input_ids", "targets", "position_ids")
     batch = {name: torch.randint(5, 90, (3, 40)) for name in names} | {"segment_ids": segment_ids}
-    line = flatten_rows(batch | {"image_index": torch.arange(2)}, pad_token_id=1)
+    line = flatten_rows(batch | {"image_index": torch.arange(2)}, 1, is_needed=segment_ids != 0)
     assert line["image_index"].tolist() == [0, 1]
-    for name, padding in (("input_ids", 1), ("labels", -100), ("position_ids", 0), ("segment_ids", 0)):
+    for name, padding in (("input_ids", 1), ("targets", -100), ("position_ids", 0), ("segment_ids", 0)):
         assert line[name].shape == (1, line_length(count))
         assert torch.equal(line[name][0, :count], batch[name][segment_ids != 0])
         assert (line[name][0, count:] == padding).all()
+
+
+@given(
+    rows=st.lists(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), max_size=3), min_size=1, max_size=3),
+    padding=st.integers(0, 2),
+)
+def test_what_follows_the_last_needed_token_of_a_sample_is_left_out(rows: list[list[list[bool]]], padding: int) -> None:
+    width = max(sum(map(len, row)) for row in rows) + padding
+    segment_ids, is_needed = torch.zeros(len(rows), width, dtype=torch.int64), torch.ones(len(rows), width).bool()
+    kept, number = [], 0
+    for line, row in enumerate(rows):
+        at = 0
+        for sample in row:
+            number += 1
+            segment_ids[line, at : at + len(sample)] = number
+            is_needed[line, at : at + len(sample)] = torch.tensor(sample)
+            kept += [line * width + at + place for place in range(len(sample)) if any(sample[place:])]
+            at += len(sample)
+    places = torch.arange(len(rows) * width).view(len(rows), width)
+    batch = dict.fromkeys(("input_ids", "targets", "position_ids"), places) | {"segment_ids": segment_ids}
+    line = flatten_rows(batch, 0, is_needed)
+    assert line["input_ids"][0, : len(kept)].tolist() == kept
+    assert line["segment_ids"].count_nonzero() == len(kept)
+    assert line["segment_ids"].shape == (1, line_length(len(kept)))
 
 
 def small_vlm(architecture: str, **changes: object) -> MiniVLM:
@@ -250,16 +273,19 @@ def test_a_stock_model_computes_the_same(architecture: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize(("architecture", "is_whole"), [("llama", False), ("qwen3", False), ("qwen3_moe", True)])
-def test_the_last_layer_feeds_forward_only_what_is_read(
+def test_the_last_layer_computes_only_what_is_read(
     architecture: str, is_whole: bool, make_rows: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vlm_module, "line_length", lambda num_tokens: num_tokens + 3)
+    monkeypatch.setattr(read_tokens, "line_length", lambda num_tokens: num_tokens + 3)
     vlm, batch, seen = small_vlm(architecture), make_rows(), []
     fast_layers.use_segment_attention(vlm)
     last = decoder_layers(vlm.language_model)[-1]
-    last.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    for part in (last.self_attn.q_proj, last.self_attn.k_proj, last.self_attn.o_proj, last.mlp):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     num_read, num_tokens = len(vlm(batch).logps), int((batch["segment_ids"] != 0).sum())
-    assert seen == [line_length(num_tokens) if is_whole else num_read + 3]
+    num_samples = 4  # whose last tokens predict nothing
+    few, all_of_them = num_read + 3, line_length(num_tokens - (0 if is_whole else num_samples))
+    assert seen == [all_of_them] * 4 if is_whole else [few, all_of_them, few, few]
     assert vlm(batch | {"labels": torch.full_like(batch["labels"], -100)}).logps.shape == (0,)
 
 

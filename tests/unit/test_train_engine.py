@@ -120,7 +120,7 @@ def test_gradients_are_clipped_together(clip_norm: float):
 @pytest.mark.parametrize("piece", [1, 9, 100])
 def test_pieces_and_clipping_of_float32_copies(clip_norm: float, piece: int, monkeypatch: pytest.MonkeyPatch):
     """However many weights are updated at a time."""
-    monkeypatch.setattr(masters, "PIECE_ELEMENTS", piece)
+    monkeypatch.setattr(masters.MasterWeights, "piece_elements", piece)
     check_float32_copies(masters.MasterWeights, clip_norm)
 
 
