@@ -7,8 +7,8 @@ Samples of 64 to 98 tokens lie two in a row of 184: under a mask half of the sco
 import os
 import shutil
 import sysconfig
+from functools import cache
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -42,12 +42,21 @@ def use_segment_attention(vlm: MiniVLM) -> None:
         AttentionInterface.register(NAME, segment_attention)
         vlm.language_model.set_attn_implementation(NAME)
         vlm.attends_by_segment = True
+        rope = getattr(vlm.language_model.get_decoder().rotary_emb, "rope_type", "default")
+        # the router's loss takes all tokens; frequencies of these depend on the largest position
+        vlm.leaves_out_tails = config.model_type != "qwen3_moe" and rope not in ("dynamic", "longrope")
         has_bias = config.model_type == "qwen2" or getattr(config, "attention_bias", False)
         vlm.longest_product = 0 if has_bias or config.attention_dropout else LONGEST_PRODUCT
         if config.model_type != "qwen3_moe":  # whose loss takes all tokens' routes in every layer
             last = decoder_layers(vlm.language_model)[-1]
-            last.forward = MethodType(forward_read, last)
+            last.__class__ = _reading(type(last))  # type: ignore[arg-type]  # mypy thinks it has no hash
             vlm.ends_with_read = True
+
+
+@cache
+def _reading(kind: type[nn.Module]) -> type[nn.Module]:
+    """Layers of a kind that compute for the tokens read. A class, as transformers checkpoints what classes define."""
+    return type(kind.__name__, (kind,), {"forward": forward_read})
 
 
 def segment_attention(

@@ -43,6 +43,8 @@ class MiniVLM(nn.Module):
         self.image_token_id = image_token_id
         self.attends_by_segment = False
         """Whether the language model takes `segment_layouts` in the place of rows and a mask."""
+        self.leaves_out_tails = False
+        """Whether it then computes nothing behind a sample's last supervised token."""
         self.longest_product = 0
         """Tokens of the samples that then attend by products."""
         self.ends_with_read = False
@@ -71,9 +73,9 @@ class MiniVLM(nn.Module):
         """
         batch = {**batch, "targets": next_labels(batch["labels"])}
         if self.attends_by_segment:
-            is_needed = (batch["targets"] != IGNORE) | (batch["input_ids"] == self.image_token_id)
-            if self.num_experts_per_token:
-                is_needed = batch["segment_ids"] != 0  # the router's loss takes all tokens
+            is_needed = batch["segment_ids"] != 0
+            if self.leaves_out_tails:
+                is_needed = (batch["targets"] != IGNORE) | (batch["input_ids"] == self.image_token_id)
             padding = int(self.image_token_id == 0)  # any token but a placeholder
             batch = flatten_rows(batch, padding, is_needed)
             attention: dict[str, Any] = {"attention_mask": None, "layouts": self._layouts(batch["segment_ids"])}

@@ -269,8 +269,13 @@ def worker_environment(config: Config) -> dict[str, str]:
     environment = {TRAINS: "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
     if config.train.use_gpu:
         return environment
-    preloaded = {"LD_PRELOAD": str(JEMALLOC)} if JEMALLOC.is_file() else {}
-    return {**environment, "DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY, **preloaded}
+    return {**environment, "DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY, **_preloaded()}
+
+
+def _preloaded() -> dict[str, str]:
+    """Nothing where the user preloads something, or where the dynamic linker or Ray would read the path otherwise."""
+    is_usable = JEMALLOC.is_file() and not set(" :;$") & set(str(JEMALLOC)) and "LD_PRELOAD" not in os.environ
+    return {"LD_PRELOAD": str(JEMALLOC)} if is_usable else {}
 
 
 def _explain(job: StageJob, error: TrainingFailedError) -> str:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from minivlm.model import fast_layers, read_tokens
 from minivlm.model.language import build_language_model
@@ -231,7 +232,8 @@ def test_what_follows_the_last_needed_token_of_a_sample_is_left_out(rows: list[l
 
 
 def small_vlm(architecture: str, **changes: object) -> MiniVLM:
-    sizes = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    sizes = SIZES | heads | {"num_hidden_layers": 2, "initializer_range": 0.3}
     model = build_language_model(path=None, architecture=architecture, sizes=sizes, vocab_size=64, seed=0)
     for name, value in changes.items():
         setattr(model.config, name, value)
@@ -283,10 +285,38 @@ def test_the_last_layer_computes_only_what_is_read(
     for part in (last.self_attn.q_proj, last.self_attn.k_proj, last.self_attn.o_proj, last.mlp):
         part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
     num_read, num_tokens = len(vlm(batch).logps), int((batch["segment_ids"] != 0).sum())
-    num_samples = 4  # whose last tokens predict nothing
-    few, all_of_them = num_read + 3, line_length(num_tokens - (0 if is_whole else num_samples))
+    tails = 0 if is_whole else 2 + 1 + 5  # of the first, second and last sample
+    few, all_of_them = num_read + 3, line_length(num_tokens - tails)
     assert seen == [all_of_them] * 4 if is_whole else [few, all_of_them, few, few]
     assert vlm(batch | {"labels": torch.full_like(batch["labels"], -100)}).logps.shape == (0,)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_every_layer_is_checkpointed(architecture: str, make_rows: Callable[..., dict]) -> None:
+    vlm, batch, seen = small_vlm(architecture).train(), make_rows(), []
+    fast_layers.use_segment_attention(vlm)
+    plain, gradients = differentiate(vlm, batch)
+    vlm.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    layers = decoder_layers(vlm.language_model)
+    for place, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda _, inputs, place=place: seen.append(place))
+    again, found = differentiate(vlm, batch)
+    assert sorted(seen) == sorted([*range(len(layers))] * 2)
+    assert torch.equal(again.logps, plain.logps)
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())
+
+
+@pytest.mark.parametrize(
+    ("rope", "leaves_out"), [({"rope_type": "default"}, True), ({"rope_type": "dynamic", "factor": 4.0}, False)]
+)
+def test_tails_stay_where_frequencies_depend_on_the_last_position(rope: dict, leaves_out: bool) -> None:
+    config = LlamaConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32, vocab_size=64,
+        rope_parameters={**rope, "rope_theta": 10_000.0},
+    )  # fmt: skip
+    vlm = MiniVLM(build_projector("linear", 8, 32), LlamaForCausalLM(config), image_token_id=3)
+    fast_layers.use_segment_attention(vlm)
+    assert vlm.leaves_out_tails == leaves_out
 
 
 @pytest.mark.parametrize(
@@ -303,16 +333,18 @@ def test_models_that_need_more_keep_rows_and_a_mask(architecture: str, changes: 
 
 @pytest.fixture
 def make_rows() -> Callable[..., dict]:
-    """Two rows of two samples each, one with a picture of four tokens, and padding."""
+    """Two rows of two samples each, with gaps and ends that are not learned, and padding; the third, which has no
+    label, and the first have a picture of four tokens."""
 
     def make() -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(1)
         segment_ids = torch.tensor([[1] * 9 + [2] * 8 + [0] * 3, [3] * 4 + [4] * 13 + [0] * 3])
         input_ids = torch.randint(4, 60, (2, 20), generator=generator)
         input_ids[0, 2:6] = 3
+        input_ids[1, 0:4] = 3
         labels = input_ids.clone()
-        labels[:, [0, 1, 2, 3, 4, 5, 9]] = -100
-        labels[1, 4] = -100
+        labels[0, [0, 1, 2, 3, 4, 5, 8, 9, 12]] = -100
+        labels[1, [0, 1, 2, 3, 4, 8, 13, 14, 15, 16]] = -100
         starts = [0, 9, 0, 4]
         positions = torch.tensor([[*range(9), *range(8), 0, 0, 0], [*range(4), *range(13), 0, 0, 0]])
         assert all(int(positions[number // 2, start]) == 0 for number, start in enumerate(starts))
@@ -321,8 +353,8 @@ def make_rows() -> Callable[..., dict]:
             "labels": labels.masked_fill(segment_ids == 0, -100),
             "position_ids": positions,
             "segment_ids": segment_ids,
-            "image_features": torch.randn(1, 4, 8, generator=generator).bfloat16(),
-            "image_index": torch.tensor([0]),
+            "image_features": torch.randn(2, 4, 8, generator=generator).bfloat16(),
+            "image_index": torch.tensor([1, 0]),
         }
 
     return make

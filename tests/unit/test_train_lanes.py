@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from minivlm.model.fast_layers import use_segment_attention
-from minivlm.model.lora import decoder_layers
 from minivlm.train.lanes import Lanes, refuse_randomness
 from tests.tiny_engine import tiny_vlm
 
@@ -84,14 +82,6 @@ def test_twins_share_weights_and_mode_and_give_their_gradients_away():
         bool((mine.grad == (5.0 if place % 2 else 3.0)).all()) for place, (mine, _) in enumerate(learning) if place
     )
     assert all(its.grad is None for _, its in pairs)
-
-
-def test_a_twins_last_layer_computes_with_its_own_modules():
-    model = tiny_vlm()
-    use_segment_attention(model)
-    layers = [decoder_layers(module.language_model)[-1] for module in Lanes(model, 2, is_compiled=False).modules]
-    assert layers[0] is not layers[1]
-    assert all(layer.forward.__self__ is layer for layer in layers)
 
 
 def test_lanes_have_the_callers_limits_of_compilation():
