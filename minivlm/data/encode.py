@@ -6,11 +6,13 @@ Each actor call encodes one shard of pictures and commits it, so a kill costs at
 from collections.abc import Iterable
 from typing import Any
 
+import pyarrow as pa
 import ray
 
-from minivlm.data.encoder import Encoding, PictureEncoder, count_shards
+from minivlm.data.encoder import Encoding, PictureEncoder, cut_shards
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
+from minivlm.data.stream import from_tables
 from minivlm.log import Progress
 
 
@@ -24,15 +26,16 @@ def encode_images(digests: Iterable[str], cache: FeatureCache, encoding: Encodin
     if not missing:
         return 0
     encoders = encoding.encoders
-    num_shards = count_shards(len(missing), encoders.count, encoding.tower.batch_size)
-    rows = [{"sha256": digest} for digest in missing]
-    dataset = ray.data.from_items(rows, override_num_blocks=num_shards).map_batches(
+    shards = cut_shards(missing, encoders.count, encoding.tower.batch_size)
+    dataset = from_tables([pa.table({"sha256": shard}) for shard in shards]).map_batches(
         Encoder,
         fn_constructor_args=(encoding,),
         batch_size=None,
         num_cpus=encoders.cpus,
         num_gpus=encoders.gpus,
-        compute=ray.data.ActorPoolStrategy(size=min(encoders.count, num_shards)),
+        compute=ray.data.ActorPoolStrategy(  # the actor that is up first would else take two shards
+            size=min(encoders.count, len(shards)), max_tasks_in_flight_per_actor=1
+        ),
     )
     dataset.context.enable_progress_bars = False
     encoded = 0

@@ -5,8 +5,10 @@ front of the tasks that make batches gets blocks of the plan. Imports neither Ra
 coordinators unpickle these names.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 PICTURES_PER_SHARD = 512
 """A kill costs at most so many pictures per actor."""
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""From malloc.h; see mallopt(3)."""
 
 ENCODE_COLUMN = "encode"
 """Column of a block: the pictures that are encoded on its way."""
@@ -72,18 +77,21 @@ class Encoding:
     """Folder of the feature cache."""
 
 
-def count_shards(num_pictures: int, num_actors: int, batch_size: int) -> int:
+def cut_shards(digests: Sequence[str], num_actors: int, batch_size: int) -> list[list[str]]:
     """Shards of at most `PICTURES_PER_SHARD` pictures: as few as that takes, or a multiple of the actors if that ends
-    sooner. Forwards of the fixed batch shape are counted, so no shard is cut where only padding would be gained.
+    sooner. All but the last hold whole batches, because a forward of the fixed batch shape costs the same with fewer.
     """
-    fewest = -(-num_pictures // PICTURES_PER_SHARD)
-    even = min(-(-fewest // num_actors) * num_actors, num_pictures)
+    unit = min(batch_size, PICTURES_PER_SHARD)
+    forwards = -(-len(digests) // unit)
+    fewest = -(-forwards // (PICTURES_PER_SHARD // unit))
+    even = min(-(-fewest // num_actors) * num_actors, forwards)
 
     def forwards_of_the_slowest(count: int) -> int:
-        pictures_each = -(-num_pictures // count)
-        return -(-count // num_actors) * -(-pictures_each // batch_size)
+        return -(-count // num_actors) * -(-forwards // count)
 
-    return min((fewest, even), key=forwards_of_the_slowest)
+    count = min((fewest, even), key=forwards_of_the_slowest)
+    bounds = [shard * forwards // count * unit for shard in range(count + 1)]
+    return [list(digests[start:end]) for start, end in pairwise(bounds)]
 
 
 class PictureEncoder:
@@ -99,6 +107,7 @@ class PictureEncoder:
 
         from minivlm.data.features import FeatureCache
 
+        _keep_freed_memory()
         torch.set_num_threads(encoding.encoders.threads)
         self._tower = encoding.tower.load("cuda" if encoding.encoders.gpus else "cpu")
         self._cache = FeatureCache.open(encoding.cache)
@@ -129,6 +138,14 @@ class PictureEncoder:
             images = [read_validated_image(Path(self._paths[digest]), digest, self._limits) for digest in part]
             features.append(self._tower.encode(self._tower.preprocess(images)))
         self._cache.append(digests, torch.cat(features))
+
+
+def _keep_freed_memory() -> None:
+    """For this process. Else glibc gives a batch's tensors back to the kernel, which clears their pages anew: 8 %."""
+    process = ctypes.CDLL(None)
+    if hasattr(process, "mallopt"):  # not on other systems
+        process.mallopt(M_MMAP_MAX, 0)
+        process.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 class BlockEncoder:

@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel, PreTrainedConfig, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from minivlm.model.fast_tower import use_products
 from minivlm.model.image_tokens import count_features, first_line, read_tower_config
 from minivlm.model.loading import explain_loading
 
@@ -76,13 +77,18 @@ class VisionTower:
         self.batch_size = batch_size
         self.precision = precision
         self.device = torch.device(device)
-        self.fingerprint = _fingerprint(model, image_processor, [batch_size, precision, feature_layer])
+        self.num_features = count_features(model.config)
+        numerics: list[int | str] = [batch_size, precision, feature_layer]
+        if precision == "bfloat16":
+            numerics.append("products")  # features of an earlier release differ in the last digit
+        self.fingerprint = _fingerprint(model, image_processor, numerics)
         model.encoder.layers = layers[: len(layers) + 1 + feature_layer]
         if isinstance(model, SiglipVisionModel):  # LLaVA reads a layer's own output, before norm and pooling
             model.post_layernorm, model.use_head = nn.Identity(), False
         self.model = model.to(device=self.device, dtype=PRECISIONS[precision]).eval().requires_grad_(False)
         self.hidden_size: int = model.config.hidden_size
-        self.num_features = count_features(model.config)
+        if precision == "bfloat16" and self.device.type == "cpu":
+            use_products(self.model, self.num_features, batch_size)
 
     @classmethod
     def load(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from minivlm.data.batches import BatchRow, first_uses, make_batches, payload_block, plan_blocks
 from minivlm.data.collate import unpack_batch
-from minivlm.data.encoder import ENCODE_COLUMN, BlockEncoder, Encoders, Encoding, PictureEncoder, Tower, count_shards
+from minivlm.data.encoder import ENCODE_COLUMN, BlockEncoder, Encoders, Encoding, PictureEncoder, Tower, cut_shards
 from minivlm.data.errors import DataError
 from minivlm.data.features import FeatureCache
 from minivlm.data.images import ImageLimits
@@ -174,4 +174,9 @@ def test_paths_come_back_by_digest_and_in_the_order_of_the_rows(tmp_path):
     ],
 )
 def test_actors_share_pictures_evenly(pictures, actors, batch_size, shards):
-    assert count_shards(pictures, actors, batch_size) == shards
+    digests = [digest_of(index) for index in range(pictures)]
+    found = cut_shards(digests, actors, batch_size)
+    assert len(found) == shards
+    assert [digest for shard in found for digest in shard] == digests
+    assert all(len(shard) % min(batch_size, 512) == 0 for shard in found[:-1])
+    assert max(map(len, found)) <= 512
