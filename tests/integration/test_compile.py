@@ -2,18 +2,25 @@
 
 import json
 import math
+import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from minivlm.data.tokens import TokenTable
+from minivlm.model import fast_layers
 from minivlm.model.checkpoint import MANIFEST
 from minivlm.model.fast_layers import _release_lock_in_kernels
+from minivlm.model.vlm import MiniVLM
 from minivlm.train import masters
+from minivlm.train.job import plan_training
 from tests.float32_copies import check_float32_copies
 from tests.tiny_stage import interrupted, run, stage_job, tiny_parts
 
@@ -46,6 +53,49 @@ def test_compiled_layers_train_alike_and_resume_to_the_bit(
     again = stage_job(tiny_parts, tmp_path / "again", compile=True, **settings)
     interrupted(again, after=1)
     assert_close(exported(run(again)[1]), compiled, rtol=0, atol=0)
+
+
+def test_a_run_with_longer_samples_resumes_to_the_bit_too(
+    tiny_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their attention is not compiled and cuts a layer in two; what a process meets and compiles first must not matter.
+
+    A decoder compiled in one piece does not pass: what inductor fuses, and so rounds, depends on the first lengths.
+    """
+    monkeypatch.setattr(fast_layers, "LONGEST_PRODUCT", 32)
+    parts = tmp_path / "parts"
+    shutil.copytree(tiny_parts, parts)
+    settings: dict[str, Any] = {"checkpoint_every_steps": 1, "precision": "bfloat16", "compile": True, **SIDE_BY_SIDE}
+    job = stage_job(parts, tmp_path / "whole", **settings)
+    table = TokenTable.open(parts / "table")
+    samples = [table[index] for index in range(len(table))]
+    second = plan_training(job)[1].units[0]
+    tail = np.arange(10, 60, dtype=np.int32)
+    samples[second] = replace(
+        samples[second],
+        input_ids=np.concatenate([samples[second].input_ids, tail]),
+        labels=np.concatenate([samples[second].labels, tail]),
+    )
+    shutil.rmtree(parts / "table")
+    TokenTable.write(parts / "table", samples)
+    attends_by_products: list[bool] = []
+    layouts_of = MiniVLM._layouts
+
+    def layouts(vlm: MiniVLM, segment_ids: torch.Tensor) -> Any:
+        found = layouts_of(vlm, segment_ids)
+        if vlm.training:
+            attends_by_products.append(found[1] is None)
+        return found
+
+    monkeypatch.setattr(MiniVLM, "_layouts", layouts)
+    torch.compiler.reset()
+    whole = exported(run(job)[1])
+    assert sorted(attends_by_products) == [False] + [True] * 5
+    torch.compiler.reset()
+    again = stage_job(parts, tmp_path / "again", **settings)
+    interrupted(again, after=1)
+    torch.compiler.reset()
+    assert_close(exported(run(again)[1]), whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("clip_norm", [0.5, math.inf])
