@@ -109,7 +109,15 @@ class VisionTower:
         if not images:
             side = self.model.config.image_size
             return torch.zeros(0, 3, side, side)
-        pixel_values: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        size = dict(self.image_processor.size or {})
+        is_resized = self.image_processor.do_resize and {key for key, value in size.items() if value} == {
+            "shortest_edge"
+        }
+        if is_resized:  # as the processor does, which would first copy the whole picture to an array and back
+            images = [resize_shortest(image, size["shortest_edge"], self.image_processor.resample) for image in images]
+        pixel_values: Tensor = self.image_processor(
+            images=list(images), do_resize=self.image_processor.do_resize and not is_resized, return_tensors="pt"
+        )["pixel_values"]
         return pixel_values
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -127,6 +135,13 @@ class VisionTower:
             hidden_states = self.model(padded.to(self.device, PRECISIONS[self.precision])).last_hidden_state
             features[start : start + len(chunk)] = hidden_states[: len(chunk)].float().cpu()
         return features
+
+
+def resize_shortest(image: Image, side: int, resample: int) -> Image:
+    """A picture whose shorter side has `side` pixels, the other in proportion, rounded down."""
+    width, height = image.size
+    short = min(width, height)
+    return image.resize((int(side * width / short), int(side * height / short)), resample=resample)
 
 
 def _check_processor(image_processor: ImageProcessor, side: int) -> None:

@@ -2,9 +2,14 @@
 
 import subprocess
 import sys
+from functools import cache
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionModel
@@ -32,6 +37,22 @@ def test_features_are_as_near_to_float32_as_the_stock_models(request, pictures, 
     assert isinstance(fast.model.embeddings.patch_embedding, PatchProduct)
     assert 0 < error < 1.2 * stock_error
     assert fast.fingerprint != exact.fingerprint
+
+
+@given(width=st.integers(1, 700), height=st.integers(1, 700), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pictures_are_prepared_as_the_stock_processor_does(clip_folder, width, height, seed):
+    if max(width, height) > 20 * min(width, height):
+        height = width  # longer ones are refused when they are opened
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    tower = _tower(clip_folder)
+    stock = tower.image_processor(images=[Image.fromarray(pixels)], return_tensors="pt")["pixel_values"]
+    assert torch.equal(tower.preprocess([Image.fromarray(pixels)]), stock)
+
+
+@cache
+def _tower(folder: str) -> VisionTower:
+    return VisionTower.load(folder, batch_size=1)
 
 
 @has_packed
