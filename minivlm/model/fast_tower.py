@@ -22,7 +22,7 @@ def use_products(model: CLIPVisionModel | SiglipVisionModel, num_features: int, 
     model.embeddings.patch_embedding = PatchProduct(model.embeddings.patch_embedding)
     if num_features <= LONGEST_EAGER:
         model.set_attn_implementation("eager")
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         for layer in model.encoder.layers:
             for parent in (layer.self_attn, layer.mlp):
                 for name, child in list(parent.named_children()):
@@ -54,6 +54,6 @@ class PackedLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, states: Tensor) -> Tensor:
-        """[..., D_in] -> [..., D_out], to the bit what the linear layer gives."""
+        """[..., D_in] -> [..., D_out]."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, "none", [], "")
         return output
