@@ -1,6 +1,6 @@
-"""A frozen bfloat16 tower on a CPU by what oneDNN is fast at; weights and rounding stay the stock model's.
+"""A frozen bfloat16 tower on a CPU by what oneDNN is fast at; features differ from the stock model's by rounding.
 
-A picture of ViT-B/32 takes 20 % less time (docs/RESULTS.md). Called by `minivlm.model.vision`.
+Figures: docs/RESULTS.md. Called by `minivlm.model.vision`.
 """
 
 import torch
