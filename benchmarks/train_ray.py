@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import describe, measure_limits
-from benchmarks.measure_command import PeakMemory
+from benchmarks.measure_command import PeakMemory, peak_resident_bytes
 from benchmarks.train_step import Speed, Trainer, build_model, measure_steps, planned_batches, step_flops
 from benchmarks.workload import (
     IMAGE_TOKEN_ID,
@@ -55,7 +55,7 @@ class Comparison:
     """Of the time in `ray`: spent waiting for batches."""
 
     memory_bytes: int
-    """Peak of the worker (PSS)."""
+    """Peak of the worker, pages that it shares with others in full."""
 
     @property
     def ratio(self) -> float:
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"{label}: {speed.describe(limits, arguments.precision)}")
     name = f"Ray (ZeRO-{arguments.zero_stage})"
     print(f"{name} over plain, median of the same steps: {result.ratio:.3f}; waiting for data: {result.waiting:.2%}")
-    print(f"peak memory of the worker: {result.memory_bytes / 2**30:.2f} GiB PSS")
+    print(f"peak memory of the worker: {result.memory_bytes / 2**30:.2f} GiB resident")
 
 
 def compare(arguments: argparse.Namespace) -> Comparison:
@@ -119,7 +119,7 @@ def measure_ray(job: StageJob, table: TokenTable, *, trainers_first: bool = True
     """
     connect(job.config, trainers_first=trainers_first)
     try:
-        with PeakMemory("RayTrainWorker") as memory:
+        with PeakMemory("RayTrainWorker", of=peak_resident_bytes) as memory:
             train_on_cluster(job, 0)
     finally:
         disconnect()

@@ -132,14 +132,15 @@ class MiniVLM(nn.Module):
         inputs_embeds: Tensor = self.language_model.get_input_embeddings()(input_ids)
         weight_type = next(self.projector.parameters()).dtype
         image_embeds = self.projector(image_features.to(weight_type)).index_select(0, image_index)
-        is_placeholder = input_ids == self.image_token_id
-        num_placeholders, num_pictures = int(is_placeholder.sum()), image_index.numel()
+        places = (input_ids == self.image_token_id).flatten().nonzero().squeeze(1)
+        num_placeholders, num_pictures = len(places), image_index.numel()
         if num_placeholders != num_pictures * image_embeds.shape[1]:
             raise ValueError(
                 f"{num_placeholders} image tokens for {num_pictures} pictures of {image_embeds.shape[1]} tokens: "
                 "every picture needs one `<image>` in the text, expanded for this tower and projector. Prepare again"
             )
-        return inputs_embeds.masked_scatter(is_placeholder.unsqueeze(-1), image_embeds.to(inputs_embeds.dtype))
+        rows = image_embeds.flatten(0, 1).to(inputs_embeds.dtype)
+        return inputs_embeds.flatten(0, 1).index_copy(0, places, rows).view_as(inputs_embeds)
 
 
 def target_logps(logits: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor | None]:

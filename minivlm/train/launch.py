@@ -60,7 +60,7 @@ JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
 """Comes with Ray for its own processes. It finds memory faster than glibc, 5 % of a step (docs/RESULTS.md)."""
 
 RAY_RECORDS = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
-REPORT_INTERVAL_S = "0.2"
+REPORT_INTERVAL_S = "0.5"
 """How often the controller collects reports; a report blocks training until it is collected."""
 
 log = get_logger(__name__)
@@ -224,7 +224,6 @@ def train_on_cluster(job: StageJob, first_step: int) -> None:
     job.run_dir.mkdir(parents=True, exist_ok=True)
     for name in RAY_RECORDS:
         (job.run_dir / name).unlink(missing_ok=True)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_INTERVAL_S)
     run_config = RunConfig(
         name=job.run_dir.name,
         storage_path=str(job.run_dir.parent),
@@ -248,6 +247,7 @@ def torch_trainer(
 ) -> TorchTrainer:
     """Ray Train as stages and the clip job use it: the dataset's blocks go round the workers in their order."""
     train = config.train
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", REPORT_INTERVAL_S)  # Ray hands it to the controller
     return TorchTrainer(
         worker,
         train_loop_config={"job": job},

@@ -5,11 +5,13 @@ each micro-batch divided by those counts, sum the metrics over all ranks, update
 """
 
 import copy
+import gc
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,8 @@ def train_loop(job: StageJob, rows: Rows, device: torch.device, report: Report) 
         StageWorker(job, device, report).run(rows)
     except (TrainingError, CheckpointError) as error:
         return {"error": str(error)}
+    finally:
+        gc.unfreeze()
     return {}
 
 
@@ -83,17 +87,7 @@ class StageWorker:
             model,
             zero_stage=train.zero_stage,
             precision=train.precision,
-            optimizer=OptimizerSettings(
-                settings.learning_rate,
-                settings.weight_decay,
-                settings.beta2,
-                settings.warmup_fraction,
-                settings.clip_norm,
-                settings.muon_learning_rate,
-                settings.schedule,
-                settings.decay_fraction,
-                settings.min_lr_fraction,
-            ),
+            optimizer=OptimizerSettings(**{one.name: getattr(settings, one.name) for one in fields(OptimizerSettings)}),
             offload=train.offload,
             total_steps=job.total_steps,
             device=self.device,
@@ -123,6 +117,8 @@ class StageWorker:
             waited = time.perf_counter() - started
             values, num_tokens = self._train_step(step, batches)
             elapsed = time.perf_counter() - started
+            if step == self.first_step:
+                gc.freeze()  # libraries and what was compiled: to look through these stops all lanes for 0.5 s
             line = {"step": step + 1, **values, "tokens_per_s": num_tokens / elapsed, "data_wait_s": waited}
             is_eval = step + 1 in job.eval_steps
             if is_eval and (val_loss := self._evaluate()) is not None:

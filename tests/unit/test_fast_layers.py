@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minivlm.model import fast_layers, read_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.lora import decoder_layers
+from minivlm.model.products import causal_products
 from minivlm.model.projector import build_projector
 from minivlm.model.segments import line_length, segment_layouts
 from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights, document_mask
@@ -148,12 +149,32 @@ def test_only_long_samples_take_the_stock_function(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_keeps_the_rules_of_torch(dtype: torch.dtype) -> None:
-    """Its shapes without values, its gradient, and both again as torch.compile traces them."""
+def test_the_operators_keep_the_rules_of_torch(dtype: torch.dtype) -> None:
+    """Their shapes without values, and both as torch.compile traces them."""
     segment_ids = line_of(LENGTHS)
     layout, _ = segment_layouts(segment_ids, (4, 2), 64)
-    inputs = [tensor.requires_grad_() for tensor in states(segment_ids.numel(), dtype)]
-    torch.library.opcheck(torch.ops.minivlm.causal_products.default, (*inputs, *layout, 0.3))
+    assert layout is not None
+    inputs = states(segment_ids.numel(), dtype)
+    operators = torch.ops.minivlm
+    torch.library.opcheck(operators.causal_products.default, (*inputs, *layout, 0.3))
+    mixed, cells, weights = operators.causal_products(*inputs, *layout, 0.3)
+    given = (torch.randn_like(mixed), cells, weights, layout.packed, layout.num_cells, 2, 0.3)
+    torch.library.opcheck(operators.causal_products_backward.default, given)
+
+
+def test_values_and_gradients_are_the_same_in_a_traced_graph() -> None:
+    results = []
+    for wrap in (lambda function: function, torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)):
+        attention = wrap(causal_products)
+        for lengths in (LENGTHS, (3, 70)):  # another number of groups, and of everything else
+            segment_ids = line_of(lengths)
+            layout, _ = segment_layouts(segment_ids, (4, 2), 96)
+            leaves = [tensor.requires_grad_() for tensor in states(segment_ids.numel(), torch.bfloat16)]
+            found = attention(*leaves, layout, scaling=0.3)
+            results += [found, *torch.autograd.grad(found.square().sum(), leaves)]
+    half = len(results) // 2
+    for plain, traced in zip(results[:half], results[half:], strict=True):
+        assert torch.equal(plain, traced)
 
 
 def test_weights_are_dropped() -> None:

@@ -1,6 +1,8 @@
-"""While a stage trains: sample generations change nothing, its export is read again, MPO's shift outlives a kill."""
+"""While a stage trains: samples change nothing, its export is read again, MPO's shift outlives a kill."""
 
+import gc
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from minivlm.train.job import StageJob, sampled_entries, sampled_pictures
 from minivlm.train.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics
 from minivlm.train.reload import check_reload, probe_batch, probe_logits
 from minivlm.train.samples import first_question, repetition_rate
-from tests.tiny_stage import NUM_SAMPLES, interrupted, run, stage_job, tiny_parts
+from tests.tiny_stage import NUM_SAMPLES, interrupted, planned_rows, run, stage_job, tiny_parts
 
 __all__ = ["tiny_parts"]
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -234,3 +236,21 @@ def test_sft_on_chosen_alone_starts_and_logs_rewards(tiny_parts: Path, tmp_path:
     assert lines[0]["train/loss/dpo"] == pytest.approx(np.log(2), abs=1e-4)
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert lines[-1]["rewards/chosen"] > 0 < lines[-1]["kl"]
+
+
+def test_the_garbage_collector_passes_over_what_libraries_hold_while_a_stage_runs(tiny_parts: Path, tmp_path: Path):
+    """Else it stops all lanes for half a second now and then. After the stage, or its end by an error, it sees all."""
+    job, seen = stage_job(tiny_parts, tmp_path / "run"), []
+    job.run_dir.mkdir()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in planned_rows(job, 0):
+            seen.append(gc.get_freeze_count())
+            yield row
+
+    loop.train_loop(job, rows(), torch.device("cpu"), lambda metrics, checkpoint: None)
+    assert seen[0] < 1000
+    assert seen[-1] > 10_000
+    assert gc.get_freeze_count() == 0
+    interrupted(stage_job(tiny_parts, tmp_path / "again"), after=2)
+    assert gc.get_freeze_count() == 0
