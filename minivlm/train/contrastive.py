@@ -27,8 +27,9 @@ from minivlm.model.clip import clip_image_processor
 from minivlm.model.tokenizer import END_OF_TEXT, TURN_START, encode_text, load_tokenizer, token_id
 from minivlm.schema import Sample
 from minivlm.train.clip_batches import Captions, ClipJob, pixels_file
+from minivlm.train.environment import worker_environment
 from minivlm.train.feed import clip_dataset, clip_worker
-from minivlm.train.launch import RESULT_FILE, check_resources, torch_trainer, worker_environment
+from minivlm.train.launch import RESULT_FILE, check_resources, torch_trainer
 from minivlm.train.metrics import METRICS_FILE, ProgressFollower
 from minivlm.train.stages import TrainingError
 

@@ -37,9 +37,9 @@ from minivlm.data.tokens import TokenTable
 from minivlm.inference.exports import check_reference, policy_export
 from minivlm.log import get_logger
 from minivlm.model.checkpoint import MANIFEST, newest_complete
-from minivlm.priority import TRAINS
 from minivlm.schema import IMAGE_PLACEHOLDER
 from minivlm.storage import write_json
+from minivlm.train.environment import worker_environment
 from minivlm.train.feed import newest_step, stage_dataset, stage_worker
 from minivlm.train.job import StageJob, count_steps, sampled_pictures, whitening_pictures
 from minivlm.train.metrics import METRICS_FILE, ProgressFollower
@@ -48,17 +48,6 @@ from minivlm.train.placement import check_placement
 from minivlm.train.stages import STAGES, TrainingError
 
 RESULT_FILE = "result.json"
-KEEP_FREED_MEMORY = {
-    "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
-"""Of jemalloc and glibc, which else give a step's freed tensors back to the kernel, which clears their pages anew."""
-
-JEMALLOC = Path(ray.__file__).parent / "core" / "libjemalloc.so"
-"""Comes with Ray for its own processes. It finds memory faster than glibc, 5 % of a step (docs/RESULTS.md)."""
-
 RAY_RECORDS = ("checkpoint_manager_snapshot.json", ".validate_storage_marker")
 REPORT_INTERVAL_S = "0.5"
 """How often the controller collects reports; a report blocks training until it is collected."""
@@ -261,21 +250,6 @@ def torch_trainer(
         datasets={"train": dataset},
         dataset_config=DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
     )
-
-
-def worker_environment(config: Config) -> dict[str, str]:
-    """Environment of a training worker; set before it imports anything."""
-    threads = str(config.train.threads_per_worker)
-    environment = {TRAINS: "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": threads}
-    if config.train.use_gpu:
-        return environment
-    return {**environment, "DS_ACCELERATOR": "cpu", **KEEP_FREED_MEMORY, **_preloaded()}
-
-
-def _preloaded() -> dict[str, str]:
-    """Nothing where the user preloads something, or where the dynamic linker or Ray would read the path otherwise."""
-    is_usable = JEMALLOC.is_file() and not set(" :;$") & set(str(JEMALLOC)) and "LD_PRELOAD" not in os.environ
-    return {"LD_PRELOAD": str(JEMALLOC)} if is_usable else {}
 
 
 def _explain(job: StageJob, error: TrainingFailedError) -> str:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from ray import tune
 
 from minivlm.data.batches import make_batches, payload_block, plan_blocks
+from minivlm.train.environment import worker_environment
 from minivlm.train.feed import newest_step
 from minivlm.train.job import StageJob, plan_training
-from minivlm.train.launch import RESULT_FILE, finish, worker_environment
+from minivlm.train.launch import RESULT_FILE, finish
 from minivlm.train.metrics import METRICS_FILE, read_metrics
 from minivlm.train.stages import TrainingError
 

@@ -11,26 +11,11 @@ from torch import Tensor, nn
 from minivlm.model import fast_layers, read_tokens
 from minivlm.model.language import build_language_model
 from minivlm.model.lora import decoder_layers
-from minivlm.model.products import causal_products
 from minivlm.model.projector import build_projector
 from minivlm.model.segments import line_length, segment_layouts
 from minivlm.model.vlm import MiniVLM, TokenLogps, cast_weights, document_mask
+from tests.sample_lines import LENGTHS, line_of, states
 from tests.tiny_export import SIZES
-
-LENGTHS = (5, 40, 1, 33, 32, 64)
-"""Two groups: 32 and 64 tokens wide."""
-
-
-def line_of(lengths: tuple[int, ...], padding: int = 3) -> Tensor:
-    """[1, M] segment ids."""
-    ids = [number for number, length in enumerate(lengths, start=1) for _ in range(length)]
-    return torch.tensor([ids + [0] * padding])
-
-
-def states(num_tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Queries of four heads, keys and values of two, laid out as a projection leaves them."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(1, num_tokens, heads, 8, generator=generator).to(dtype).transpose(1, 2) for heads in (4, 2, 2)]
 
 
 def layer(model_type: str = "llama", *, training: bool = True) -> nn.Module:
@@ -146,35 +131,6 @@ def test_only_long_samples_take_the_stock_function(monkeypatch: pytest.MonkeyPat
     long = attend(segment_ids, inputs, longest=32)
     assert shapes == [(3, 4, 64)]
     torch.testing.assert_close(long, short, rtol=0, atol=3e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operators_keep_the_rules_of_torch(dtype: torch.dtype) -> None:
-    """Their shapes without values, and both as torch.compile traces them."""
-    segment_ids = line_of(LENGTHS)
-    layout, _ = segment_layouts(segment_ids, (4, 2), 64)
-    assert layout is not None
-    inputs = states(segment_ids.numel(), dtype)
-    operators = torch.ops.minivlm
-    torch.library.opcheck(operators.causal_products.default, (*inputs, *layout, 0.3))
-    mixed, cells, weights = operators.causal_products(*inputs, *layout, 0.3)
-    given = (torch.randn_like(mixed), cells, weights, layout.packed, layout.num_cells, 2, 0.3)
-    torch.library.opcheck(operators.causal_products_backward.default, given)
-
-
-def test_values_and_gradients_are_the_same_in_a_traced_graph() -> None:
-    results = []
-    for wrap in (lambda function: function, torch.compile(backend="aot_eager", fullgraph=True, dynamic=True)):
-        attention = wrap(causal_products)
-        for lengths in (LENGTHS, (3, 70)):  # another number of groups, and of everything else
-            segment_ids = line_of(lengths)
-            layout, _ = segment_layouts(segment_ids, (4, 2), 96)
-            leaves = [tensor.requires_grad_() for tensor in states(segment_ids.numel(), torch.bfloat16)]
-            found = attention(*leaves, layout, scaling=0.3)
-            results += [found, *torch.autograd.grad(found.square().sum(), leaves)]
-    half = len(results) // 2
-    for plain, traced in zip(results[:half], results[half:], strict=True):
-        assert torch.equal(plain, traced)
 
 
 def test_weights_are_dropped() -> None:

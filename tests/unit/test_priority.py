@@ -9,7 +9,7 @@ import pytest
 
 from minivlm.config import load_config
 from minivlm.priority import TRAINS, make_idle, stand_back
-from minivlm.train import launch
+from minivlm.train import environment as worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE")
 
@@ -58,7 +58,7 @@ def test_where_it_is_forbidden_processes_go_on_as_they_are(monkeypatch: pytest.M
 
 
 def test_training_workers_are_started_as_such(tiny_config: Path):
-    assert TRAINS in launch.worker_environment(load_config(tiny_config))
+    assert TRAINS in worker.worker_environment(load_config(tiny_config))
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_training_workers_take_rays_allocator(
     path = tmp_path / folder / "libjemalloc.so"
     path.parent.mkdir()
     path.touch()
-    monkeypatch.setattr(launch, "JEMALLOC", path)
+    monkeypatch.setattr(worker, "JEMALLOC", path)
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     if own:
         monkeypatch.setenv("LD_PRELOAD", own)
-    found = launch.worker_environment(load_config(tiny_config)).get("LD_PRELOAD")
+    found = worker.worker_environment(load_config(tiny_config)).get("LD_PRELOAD")
     assert found == (str(path) if is_preloaded else None)
 
 
