@@ -29,7 +29,7 @@ SAME_LINE_ALLOWED = {("layout", "config"), ("layout", "storage")}
 HOMES = {  # library -> files that may import it
     "ray": (
         "minivlm/data/stream.py", "minivlm/data/encode.py", "minivlm/data/scores.py", "minivlm/data/embeddings.py",
-        "minivlm/inference/*.py", "minivlm/train/launch.py",
+        "minivlm/inference/*.py", "minivlm/train/environment.py", "minivlm/train/launch.py",
         "minivlm/train/feed.py", "minivlm/train/contrastive.py", "minivlm/tune/search.py", "minivlm/tune/trial.py",
         "minivlm/serve/app.py", "minivlm/log.py", "minivlm/workflow/cluster.py", "jobs/*.py", "serve_app.py",
     ),
