@@ -72,7 +72,7 @@ class _Groups(NamedTuple):
 
 
 class _Layout(NamedTuple):
-    """What all layers of a step ask of a layout, made once: calls of Python are 1 in 15 of a small model's step."""
+    """What all layers of a step ask of a layout, made once."""
 
     query_rows: HeadRows
     key_rows: HeadRows
