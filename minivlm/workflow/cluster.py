@@ -20,7 +20,7 @@ LOCAL_ENVIRONMENT = {
     "RAY_worker_maximum_startup_concurrency": "8",  # one per core is Ray's, which warns when more processes wait
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per run that watches for spot nodes being taken away
     "RAY_worker_niceness": "0",  # Ray's 15 puts a trainer behind the dashboard
-    # How often Ray describes itself, on the dashboard and for Prometheus; as it is set by itself that takes another 1 to
+    # How often Ray describes itself, on the dashboard and for Prometheus; as Ray sets it that takes another 1 to
     # 2 % of a core, which a trainer here wants.
     "METRICS_RECORD_INTERVAL_S": "60",
     "REPORTER_UPDATE_INTERVAL_MS": "15000",
