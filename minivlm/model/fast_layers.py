@@ -20,7 +20,8 @@ from minivlm.log import get_logger
 from minivlm.model.last_layer import forward_read
 from minivlm.model.lora import decoder_layers
 from minivlm.model.products import causal_products
-from minivlm.model.segments import PackedLayout, SegmentLayout
+from minivlm.model.sample_attention import causal_attention, is_supported
+from minivlm.model.segments import Layouts, SampleSpans, SegmentLayout
 from minivlm.model.vlm import MiniVLM
 
 log = get_logger(__name__)
@@ -68,7 +69,7 @@ def segment_attention(
     *,
     scaling: float,
     dropout: float = 0.0,
-    layouts: tuple[PackedLayout | None, SegmentLayout | None] | None = None,
+    layouts: Layouts | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample, by transformers' contract of an attention function.
@@ -77,7 +78,7 @@ def segment_attention(
         query: [1, H, M, D], or [B, H, T, D] without layouts.
         key, value: as many tokens of G heads; head h reads group h // (H / G).
         attention_mask: without layouts, as for transformers' own function, which then runs.
-        layouts: of samples for `causal_products`, and of others.
+        layouts: of samples for `causal_products` or `causal_attention`, and of others.
 
     Returns:
         [1, M, H, D], zeros for padding, and no weights.
@@ -87,13 +88,14 @@ def segment_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **others
         )
     short, long = layouts
-    if long is None:
-        assert short is not None
-        return causal_products(query, key, value, short, scaling=scaling), None
-    mixed = _attend(module, query, key, value, long, scaling, dropout)
-    if short is not None:
-        mixed = mixed + causal_products(query, key, value, short, scaling=scaling)
-    return mixed, None
+    parts = []
+    if isinstance(short, SampleSpans):
+        parts.append(causal_attention(query, key, value, short, scaling=scaling))
+    elif short is not None:
+        parts.append(causal_products(query, key, value, short, scaling=scaling))
+    if long is not None:
+        parts.append(_attend(module, query, key, value, long, scaling, dropout))
+    return (parts[0] if len(parts) == 1 else parts[0] + parts[1]), None
 
 
 @torch.compiler.disable
@@ -136,6 +138,8 @@ def _release_lock_in_kernels() -> None:
 def compile_model(vlm: MiniVLM, device: torch.device) -> None:
     """torch.compile each decoder layer and the loss of the head, in place. All layers share what is compiled.
 
+    Where a CPU has bfloat16 units short samples attend by a kernel that is compiled too (`sample_attention`).
+
     Raises:
         ValueError: no C++ compiler or no headers of Python, which a CPU needs.
     """
@@ -147,4 +151,6 @@ def compile_model(vlm: MiniVLM, device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 64  # at the usual 8 later shapes would run as they are, by order of arrival
     for layer in decoder_layers(vlm.language_model):
         layer.compile(dynamic=True)
+    if device.type == "cpu":
+        vlm.takes_spans = is_supported(decoder_layers(vlm.language_model)[0].self_attn.head_dim)
     vlm.logps_of = torch.compile(vlm.logps_of)  # dynamic=True would divide by the vocabulary's size in every loop

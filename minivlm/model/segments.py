@@ -113,6 +113,16 @@ class PackedLayout(NamedTuple):
     """Per head of the queries."""
 
 
+class SampleSpans(NamedTuple):
+    """Where samples stand in a line of tokens, for an operator that reads them there."""
+
+    spans: Tensor
+    """[2, S] int64: starts and lengths."""
+
+    num_weights: int
+    """Per head of the queries: of every sample the square of its `group_width`."""
+
+
 def pack_layout(layout: SegmentLayout) -> PackedLayout:
     """Copy all of a layout."""
     indices = (*layout.query, *layout.key)
@@ -148,14 +158,20 @@ def take_rows(rows: Tensor, index: Tensor, empty: Tensor) -> Tensor:
     return rows.index_select(0, index).index_fill_(0, empty, 0.0)
 
 
+Layouts = tuple[PackedLayout | SampleSpans | None, SegmentLayout | None]
+"""Of the samples of groups up to some width, and of the others; None where there are none."""
+
+
 def segment_layouts(
-    segment_ids: Tensor, heads: tuple[int, int], longest_product: int
-) -> tuple[PackedLayout | None, SegmentLayout | None]:
-    """Layouts of the samples of groups up to so many tokens wide, and of the others; None where there are none.
+    segment_ids: Tensor, heads: tuple[int, int], longest_product: int, *, takes_spans: bool = False
+) -> Layouts:
+    """How the samples of a line attend.
 
     Args:
         segment_ids: [1, M] int64, the tokens of a sample side by side, another id for each; 0 = padding.
         heads: of queries and of keys.
+        longest_product: width of the widest group that the first layout is for.
+        takes_spans: the first layout is SampleSpans.
     """
     ids, lengths = torch.unique_consecutive(segment_ids.flatten().cpu(), return_counts=True)
     starts = lengths.cumsum(0) - lengths
@@ -163,13 +179,18 @@ def segment_layouts(
     if not bool(is_sample.any()):
         is_sample[0] = True  # attention must run, as on all other ranks: the padding is a sample
     is_short = group_width(lengths) <= longest_product
-    short, long = (
-        SegmentLayout(starts[chosen], lengths[chosen], segment_ids.numel(), heads, segment_ids.device)
-        if bool(chosen.any())
-        else None
-        for chosen in (is_sample & is_short, is_sample & ~is_short)
-    )
-    return pack_layout(short) if short else None, long
+
+    def layout(chosen: Tensor) -> SegmentLayout:
+        return SegmentLayout(starts[chosen], lengths[chosen], segment_ids.numel(), heads, segment_ids.device)
+
+    short, long = is_sample & is_short, is_sample & ~is_short
+    others = layout(long) if bool(long.any()) else None
+    if not bool(short.any()):
+        return None, others
+    if takes_spans:
+        spans = torch.stack([starts[short], lengths[short]])
+        return SampleSpans(spans, int(group_width(spans[1]).square().sum())), others
+    return pack_layout(layout(short)), others
 
 
 def group_width(lengths: Tensor) -> Tensor:

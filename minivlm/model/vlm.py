@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minivlm.model.read_tokens import IGNORE, next_labels, read_tokens, take
-from minivlm.model.segments import PackedLayout, SegmentLayout, flatten_rows, segment_layouts
+from minivlm.model.segments import Layouts, flatten_rows, segment_layouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel  # seconds of imports, for whoever only names what is here
@@ -47,6 +47,8 @@ class MiniVLM(nn.Module):
         """Whether it then computes nothing behind a sample's last supervised token."""
         self.longest_product = 0
         """Tokens of the samples that then attend by products."""
+        self.takes_spans = False
+        """Whether those take `SampleSpans`."""
         self.ends_with_read = False
         """Whether its last layer takes `ReadTokens`, and returns these only."""
         self.returns_mean_logps = False
@@ -108,12 +110,13 @@ class MiniVLM(nn.Module):
             aux_loss = self.router_loss_coef * balance
         return TokenLogps(logps, segment_ids[is_read], aux_loss, mean_logps)
 
-    def _layouts(self, segment_ids: Tensor) -> tuple[PackedLayout | None, SegmentLayout | None]:
+    def _layouts(self, segment_ids: Tensor) -> Layouts:
         config = self.language_model.config.get_text_config()
         weight = self.language_model.get_input_embeddings().weight
         takes_products = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
         heads = (config.num_attention_heads, config.num_key_value_heads)
-        return segment_layouts(segment_ids, heads, self.longest_product if takes_products else 0)
+        longest = self.longest_product if takes_products else 0
+        return segment_layouts(segment_ids, heads, longest, takes_spans=self.takes_spans)
 
     def embed(self, input_ids: Tensor, image_features: Tensor, image_index: Tensor) -> Tensor:
         """Token embeddings with the projected pictures in the places of their placeholders.

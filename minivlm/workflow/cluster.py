@@ -75,7 +75,7 @@ def connect(config: Config, *, trainers_first: bool = False) -> None:
         return
     if trainers_first:
         ray.cloudpickle.register_pickle_by_value(priority)
-        common["runtime_env"]["worker_process_setup_hook"] = priority.stand_back
+        common["runtime_env"]["worker_process_setup_hook"] = priority.take_place
     with late_timers():
         ray.init(
             num_cpus=settings.num_cpus,

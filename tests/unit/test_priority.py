@@ -8,14 +8,23 @@ from pathlib import Path
 import pytest
 
 from minivlm.config import load_config
-from minivlm.priority import TRAINS, make_idle, stand_back
+from minivlm.priority import FIRST, TRAINS, make_idle, take_place
 from minivlm.train import environment as worker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="SCHED_IDLE")
 
+NICENESS = """
+import os, sys
+from minivlm import priority
+
+priority.AUTOGROUP = sys.argv[1]
+priority.take_place()
+print(os.getpriority(os.PRIO_PROCESS, 0))
+"""
+
 POLICIES = """
 import os, threading
-from minivlm.priority import stand_back
+from minivlm.priority import take_place
 
 def policy_of_a_new_thread():
     found = []
@@ -27,7 +36,7 @@ def policy_of_a_new_thread():
 end = threading.Event()
 older = threading.Thread(target=end.wait)
 older.start()
-stand_back()
+take_place()
 print(os.sched_getscheduler(os.getpid()), os.sched_getscheduler(older.native_id), policy_of_a_new_thread())
 end.set()
 """
@@ -47,6 +56,23 @@ def test_a_process_that_trains_does_not_stand_back():
     assert policies({TRAINS: "1"}) == [os.SCHED_OTHER] * 3
 
 
+def niceness(switch: Path) -> int:
+    """Of a process that trains."""
+    command = [sys.executable, "-c", NICENESS, str(switch)]
+    return int(subprocess.check_output(command, env={**os.environ, TRAINS: "1"}))
+
+
+def test_what_trains_comes_first_where_that_is_allowed_and_costs_others_nothing(tmp_path: Path):
+    code = f"import os; os.setpriority(os.PRIO_PROCESS, 0, {FIRST})"
+    is_allowed = subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    switch, usual = tmp_path / "switch", os.getpriority(os.PRIO_PROCESS, 0)
+    assert niceness(switch) == usual  # no such switch
+    switch.write_text("0\n")
+    assert niceness(switch) == usual
+    switch.write_text("1\n")
+    assert niceness(switch) == (FIRST if is_allowed else usual)
+
+
 def test_where_it_is_forbidden_processes_go_on_as_they_are(monkeypatch: pytest.MonkeyPatch):
     def forbid(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -54,7 +80,7 @@ def test_where_it_is_forbidden_processes_go_on_as_they_are(monkeypatch: pytest.M
     monkeypatch.setattr(os, "sched_setscheduler", forbid)
     with pytest.raises(PermissionError):
         make_idle(os.getpid())
-    stand_back()
+    take_place()
 
 
 def test_training_workers_are_started_as_such(tiny_config: Path):
