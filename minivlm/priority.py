@@ -16,7 +16,7 @@ TRAINS = "MINIVLM_TRAINS"
 
 
 AUTOGROUP = "/proc/sys/kernel/sched_autogroup_enabled"
-"""Reads 1 where niceness is only between processes of one session: see sched(7)."""
+"""Reads 1 where niceness is only between processes of one session, or of one control group: see sched(7)."""
 
 FIRST = -10
 """Niceness of what trains. Two dozen idle processes, of which each weighs 3, otherwise get some per cent of a core
@@ -26,8 +26,8 @@ beside the 1,024 of a thread; this weighs 9,548. At -20 dashboards answer after 
 def take_place() -> None:
     """If this process trains put it first, else let it run only where nothing else wants the core.
 
-    To be first needs privileges, and is tried only where no process of another session loses by it. Where the system
-    forbids either a process stays as it is.
+    To be first needs privileges, and is tried only where no process outside this session or control group loses by it.
+    Where the system forbids either a process stays as it is.
     """
     with suppress(OSError):  # `connect` has said so of idle processes
         if TRAINS not in os.environ:

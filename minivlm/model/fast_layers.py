@@ -20,7 +20,7 @@ from minivlm.log import get_logger
 from minivlm.model.last_layer import forward_read
 from minivlm.model.lora import decoder_layers
 from minivlm.model.products import causal_products
-from minivlm.model.sample_attention import causal_attention, is_supported
+from minivlm.model.sample_attention import causal_attention
 from minivlm.model.segments import Layouts, SampleSpans, SegmentLayout
 from minivlm.model.vlm import MiniVLM
 
@@ -43,6 +43,7 @@ def use_segment_attention(vlm: MiniVLM) -> None:
         AttentionInterface.register(NAME, segment_attention)
         vlm.language_model.set_attn_implementation(NAME)
         vlm.attends_by_segment = True
+        vlm.head_width = decoder_layers(vlm.language_model)[0].self_attn.head_dim
         rope = getattr(vlm.language_model.get_decoder().rotary_emb, "rope_type", "default")
         # the router's loss takes all tokens; frequencies of these depend on the largest position
         vlm.leaves_out_tails = config.model_type != "qwen3_moe" and rope not in ("dynamic", "longrope")
@@ -151,6 +152,5 @@ def compile_model(vlm: MiniVLM, device: torch.device) -> None:
     torch._dynamo.config.recompile_limit = 64  # at the usual 8 later shapes would run as they are, by order of arrival
     for layer in decoder_layers(vlm.language_model):
         layer.compile(dynamic=True)
-    if device.type == "cpu":
-        vlm.takes_spans = is_supported(decoder_layers(vlm.language_model)[0].self_attn.head_dim)
+    vlm.is_compiled = True
     vlm.logps_of = torch.compile(vlm.logps_of)  # dynamic=True would divide by the vocabulary's size in every loop

@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 #include <limits>
+#include <string>
 #include <vector>
 
 using at::BFloat16;
@@ -152,8 +154,8 @@ void softmax_gradient(const float* outer, int64_t seen, const BFloat16* weights,
 }
 
 template <typename Work>
-void for_each_group(const Samples& samples, BFloat16* weights, const Work& work) {
-  // work(sample, key head, weights of its first head)
+const char* for_each_group(const Samples& samples, BFloat16* weights, const Work& work) try {
+  // work(sample, key head, weights of its first head); returns what went wrong, or null
   const auto each = split(samples);
   const int64_t repeats = samples.heads / samples.key_heads;
   at::parallel_for(0, samples.count * samples.key_heads, 1, [&](int64_t begin, int64_t end) {
@@ -165,15 +167,20 @@ void for_each_group(const Samples& samples, BFloat16* weights, const Work& work)
     }
     at::native::cpublas::brgemm_release();
   });
+  return nullptr;
+} catch (const std::exception& error) {
+  thread_local std::string message;
+  message = error.what();
+  return message.c_str();
 }
 
 }  // namespace
 
-extern "C" void attend(const Samples& samples, const States& query, const States& key, const States& value,
-                       BFloat16* all_weights, const States& mixed) {
+extern "C" const char* attend(const Samples& samples, const States& query, const States& key, const States& value,
+                              BFloat16* all_weights, const States& mixed) {
   const int64_t width = samples.width, repeats = samples.heads / samples.key_heads;
   clear_between(samples, mixed, samples.heads);
-  for_each_group(samples, all_weights, [&](const Sample& sample, int64_t group, BFloat16* weights) {
+  return for_each_group(samples, all_weights, [&](const Sample& sample, int64_t group, BFloat16* weights) {
     const int64_t padded = sample.padded, size = padded * width;
     BFloat16 *rows = scratch<BFloat16, 0>(size), *queries = scratch<BFloat16, 1>(size),
              *keys = scratch<BFloat16, 2>(size), *values = scratch<BFloat16, 3>(size),
@@ -197,14 +204,14 @@ extern "C" void attend(const Samples& samples, const States& query, const States
   });
 }
 
-extern "C" void differentiate(const Samples& samples, const States& query, const States& key, const States& value,
-                              BFloat16* all_weights, const States& outer, const States& d_query, const States& d_key,
-                              const States& d_value) {
+extern "C" const char* differentiate(const Samples& samples, const States& query, const States& key,
+                                     const States& value, BFloat16* all_weights, const States& outer,
+                                     const States& d_query, const States& d_key, const States& d_value) {
   const int64_t width = samples.width, repeats = samples.heads / samples.key_heads;
   clear_between(samples, d_query, samples.heads);
   clear_between(samples, d_key, samples.key_heads);
   clear_between(samples, d_value, samples.key_heads);
-  for_each_group(samples, all_weights, [&](const Sample& sample, int64_t group, BFloat16* weights) {
+  return for_each_group(samples, all_weights, [&](const Sample& sample, int64_t group, BFloat16* weights) {
     const int64_t padded = sample.padded, size = padded * width;
     BFloat16 *rows = scratch<BFloat16, 0>(size), *keys = scratch<BFloat16, 1>(size),
              *values = scratch<BFloat16, 2>(size), *queries = scratch<BFloat16, 3>(size),

@@ -20,8 +20,9 @@ WIDTH_MULTIPLE = 32
 """Of heads: numbers of bfloat16 in a register."""
 
 
+@cache
 def is_supported(width: int) -> bool:
-    """Whether this machine runs the kernel for heads of so many dimensions; only known on a CPU."""
+    """Whether this machine's CPU runs the kernel for heads of so many dimensions."""
     has_units = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
     return has_units and torch.backends.cpu.get_cpu_capability() == "AVX512" and width % WIDTH_MULTIPLE == 0
 
@@ -32,6 +33,7 @@ def compile_kernel() -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache  # seconds of imports
 
     kernel: ctypes.CDLL = CppCodeCache.load(SOURCE.read_text(), needs_vec_isa=True)
+    kernel.attend.restype = kernel.differentiate.restype = ctypes.c_char_p
     return kernel
 
 
@@ -88,7 +90,9 @@ class _Samples(ctypes.Structure):
 
     @classmethod
     def of(cls, spans: Tensor, query: Tensor, key: Tensor, scaling: float) -> Any:
-        starts, lengths = spans
+        if scaling <= 0:
+            raise ValueError(f"attention with a scaling of {scaling}: it must be above 0")
+        starts, lengths = spans.chunk(2)
         _, heads, num_tokens, width = query.shape
         sizes = (len(starts), num_tokens, heads, key.shape[1], width)
         return ctypes.byref(cls(starts.data_ptr(), lengths.data_ptr(), *sizes, scaling))
@@ -100,7 +104,16 @@ def _by_token(states: Tensor) -> Tensor:
 
 
 def _in_rows(states: Tensor) -> Tensor:
+    if states.dtype != torch.bfloat16:
+        raise TypeError(f"attention of {states.dtype} by a kernel for bfloat16")
     return states if states.stride(3) == 1 else states.contiguous()
+
+
+def _check(error: bytes | None) -> None:
+    if error is not None:
+        raise RuntimeError(
+            f"attention within samples failed: {error.decode()}. Without its kernel: train.compile=false"
+        )
 
 
 def _attend(
@@ -110,7 +123,7 @@ def _attend(
     given = [_by_token(states) for states in (query, key, value)]
     samples = _Samples.of(spans, query, key, scaling)
     weights_at = ctypes.c_void_p(weights.data_ptr())
-    compile_kernel().attend(samples, *map(_States.of, given), weights_at, _States.of(mixed))
+    _check(compile_kernel().attend(samples, *map(_States.of, given), weights_at, _States.of(mixed)))
     return mixed, weights
 
 
@@ -122,7 +135,7 @@ def _differentiate(
     samples = _Samples.of(spans, query, key, scaling)
     weights_at = ctypes.c_void_p(weights.data_ptr())
     states = map(_States.of, (outer, *found))
-    compile_kernel().differentiate(samples, *map(_States.of, given), weights_at, *states)
+    _check(compile_kernel().differentiate(samples, *map(_States.of, given), weights_at, *states))
     return found
 
 

@@ -117,7 +117,7 @@ class SampleSpans(NamedTuple):
     """Where samples stand in a line of tokens, for an operator that reads them there."""
 
     spans: Tensor
-    """[2, S] int64: starts and lengths."""
+    """[2 S] int64: starts, then lengths. One line, since torch.compile takes a size of 1 for another program."""
 
     num_weights: int
     """Per head of the queries: of every sample the square of its `group_width`."""
@@ -188,8 +188,8 @@ def segment_layouts(
     if not bool(short.any()):
         return None, others
     if takes_spans:
-        spans = torch.stack([starts[short], lengths[short]])
-        return SampleSpans(spans, int(group_width(spans[1]).square().sum())), others
+        spans = torch.cat([starts[short], lengths[short]])
+        return SampleSpans(spans, int(group_width(lengths[short]).square().sum())), others
     return pack_layout(layout(short)), others
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minivlm.model.read_tokens import IGNORE, next_labels, read_tokens, take
+from minivlm.model.sample_attention import is_supported
 from minivlm.model.segments import Layouts, flatten_rows, segment_layouts
 
 if TYPE_CHECKING:
@@ -47,8 +48,10 @@ class MiniVLM(nn.Module):
         """Whether it then computes nothing behind a sample's last supervised token."""
         self.longest_product = 0
         """Tokens of the samples that then attend by products."""
-        self.takes_spans = False
-        """Whether those take `SampleSpans`."""
+        self.head_width = 0
+        """Dimensions of a head of attention, if `attends_by_segment`."""
+        self.is_compiled = False
+        """Whether layers are compiled, and may call a kernel that is."""
         self.ends_with_read = False
         """Whether its last layer takes `ReadTokens`, and returns these only."""
         self.returns_mean_logps = False
@@ -116,7 +119,8 @@ class MiniVLM(nn.Module):
         takes_products = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
         heads = (config.num_attention_heads, config.num_key_value_heads)
         longest = self.longest_product if takes_products else 0
-        return segment_layouts(segment_ids, heads, longest, takes_spans=self.takes_spans)
+        takes_spans = takes_products and self.is_compiled and is_supported(self.head_width)
+        return segment_layouts(segment_ids, heads, longest, takes_spans=takes_spans)
 
     def embed(self, input_ids: Tensor, image_features: Tensor, image_index: Tensor) -> Tensor:
         """Token embeddings with the projected pictures in the places of their placeholders.

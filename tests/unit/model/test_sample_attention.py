@@ -1,10 +1,15 @@
 """Attention by the compiled kernel gives what torch's gives, whatever lies beside a sample and however many threads."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from minivlm.model import fast_layers, sample_attention
 from minivlm.model.language import build_language_model
@@ -29,6 +34,28 @@ def spans_of(segment_ids: Tensor) -> SampleSpans:
     assert isinstance(spans, SampleSpans)
     assert others is None
     return spans
+
+
+def test_spans_are_starts_and_lengths_of_the_short_samples():
+    spans, others = segment_layouts(line_of((33, 70, 5), 0), (1, 1), 64, takes_spans=True)
+    assert isinstance(spans, SampleSpans)
+    assert spans.spans.tolist() == [0, 103, 33, 5]
+    assert spans.num_weights == 64**2 + 32**2
+    assert others is not None
+    assert others.groups == [(1, 96)]
+
+
+def test_tokens_of_no_sample_are_zeros_in_outputs_and_gradients():
+    inputs = states(140)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    spans = SampleSpans(torch.tensor([10, 90, 40, 33]), 64**2 * 2)
+    mixed = causal_attention(*leaves, spans, scaling=SCALING)
+    found = [mixed, *(one.transpose(1, 2) for one in torch.autograd.grad(mixed.sum(), leaves))]
+    is_empty = torch.ones(140, dtype=torch.bool)
+    is_empty[10:50] = is_empty[90:123] = False
+    for one in found:
+        assert one[:, is_empty].count_nonzero() == 0
+    assert bool(mixed[0, ~is_empty].flatten(1).count_nonzero(dim=1).all())
 
 
 def states(num_tokens: int, heads: tuple[int, int] = (4, 2), width: int = 64, seed: int = 0) -> list[Tensor]:
@@ -150,6 +177,31 @@ def test_any_order_of_memory_and_any_threads_give_the_same_bits():
         torch.set_num_threads(before)
 
 
+def test_other_numbers_and_scalings_are_refused():
+    segment_ids = line_of((5,), 0)
+    with pytest.raises(TypeError, match="float32"):
+        causal_attention(*(tensor.float() for tensor in states(5)), spans_of(segment_ids), scaling=SCALING)
+    with pytest.raises(ValueError, match="above 0"):
+        causal_attention(*states(5), spans_of(segment_ids), scaling=0.0)
+
+
+LIMITED = """
+import torch
+from minivlm.model.sample_attention import causal_attention
+from minivlm.model.segments import SampleSpans
+
+states = [torch.randn(1, heads, 5, 32).bfloat16() for heads in (4, 2, 2)]
+causal_attention(*states, SampleSpans(torch.tensor([0, 5]), 32**2), scaling=0.2)
+"""
+
+
+def test_what_goes_wrong_in_the_kernel_is_an_error_of_python():
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    run = subprocess.run([sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True)
+    assert run.returncode == 1, run.stderr
+    assert "Without its kernel: train.compile=false" in run.stderr
+
+
 def test_the_operators_keep_the_rules_of_torch():
     segment_ids = line_of((5, 32, 1))  # of longer ones weights that nobody reads are left as they are
     inputs, spans = states(segment_ids.numel()), spans_of(segment_ids)
@@ -160,16 +212,22 @@ def test_the_operators_keep_the_rules_of_torch():
     torch.library.opcheck(operators.sample_attention_backward.default, given_back)
 
 
-def test_a_compiled_model_takes_it_and_computes_the_same(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def vlm() -> MiniVLM:
+    """Two layers with heads that fit the kernel, in bfloat16."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
     sizes = SIZES | heads | {"num_hidden_layers": 2, "initializer_range": 0.2}
     language_model = build_language_model(path=None, architecture="llama", sizes=sizes, vocab_size=64, seed=0)
     vlm = MiniVLM(build_projector("linear", 8, sizes["hidden_size"]), language_model, image_token_id=3)
     cast_weights(vlm, torch.bfloat16)
     fast_layers.use_segment_attention(vlm)
-    lengths = (50, 40, 9)
+    return vlm
+
+
+def batch_of(*lengths: int) -> dict[str, Tensor]:
+    """Text alone, every token learned."""
     tokens = torch.randint(4, 60, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
-    batch = {
+    return {
         "input_ids": tokens,
         "labels": tokens,
         "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
@@ -177,15 +235,32 @@ def test_a_compiled_model_takes_it_and_computes_the_same(monkeypatch: pytest.Mon
         "image_features": torch.zeros(0, 4, 8),
         "image_index": torch.zeros(0, dtype=torch.int64),
     }
-    logps = vlm(batch).logps
-    names, weights = zip(*vlm.named_parameters(), strict=True)
-    wanted = torch.autograd.grad(logps.sum(), weights, materialize_grads=True)
-    fast_layers.compile_model(vlm, torch.device("cpu"))
+
+
+def test_a_compiled_model_takes_it_and_computes_the_same(vlm: MiniVLM, monkeypatch: pytest.MonkeyPatch):
+    batch = batch_of(50, 40, 9)
     calls, original = [], sample_attention.compile_kernel
     monkeypatch.setattr(sample_attention, "compile_kernel", lambda: calls.append(1) or original())
+    names, weights = zip(*vlm.named_parameters(), strict=True)
+    logps = vlm(batch).logps
+    wanted = torch.autograd.grad(logps.sum(), weights, materialize_grads=True)
+    assert calls == []
+    fast_layers.compile_model(vlm, torch.device("cpu"))
     found = vlm(batch).logps
-    assert len(calls) == 2  # layers
-    torch.testing.assert_close(found, logps, rtol=0, atol=0.1 * float(logps.detach().abs().max()))
     gradients = torch.autograd.grad(found.sum(), weights, materialize_grads=True)
+    assert len(calls) == 4  # two layers, forward and backward
+    torch.testing.assert_close(found, logps, rtol=0, atol=0.1 * float(logps.detach().abs().max()))
     for name, gradient, exact in zip(names, gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, exact, rtol=0, atol=0.1 * float(exact.abs().max()), msg=name)
+    vlm(batch_of(60, 70)).logps.sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):  # for no number of samples
+        for lengths in ((99,), (20,) * 9):
+            vlm(batch_of(*lengths)).logps.sum().backward()
+
+
+def test_models_without_such_attention_are_compiled_as_before():
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    vlm = MiniVLM(build_projector("linear", 8, 64), GPT2LMHeadModel(config), image_token_id=3)
+    fast_layers.compile_model(vlm, torch.device("cpu"))
+    fast_layers.use_segment_attention(vlm)
+    assert not vlm.attends_by_segment
