@@ -14,7 +14,6 @@ from contextlib import suppress
 TRAINS = "MINIVLM_TRAINS"
 """Environment variable of the processes that do not stand back."""
 
-
 AUTOGROUP = "/proc/sys/kernel/sched_autogroup_enabled"
 """Reads 1 where niceness is only between processes of one session, or of one control group: see sched(7)."""
 
@@ -26,13 +25,13 @@ beside the 1,024 of a thread; this weighs 9,548. At -20 dashboards answer after 
 def take_place() -> None:
     """If this process trains put it first, else let it run only where nothing else wants the core.
 
-    To be first needs privileges, and is tried only where no process outside this session or control group loses by it.
-    Where the system forbids either a process stays as it is.
+    To be first needs privileges, and is tried only where nobody chose a niceness and no process outside this session or
+    control group loses by it. Where the system forbids either a process stays as it is.
     """
     with suppress(OSError):  # `connect` has said so of idle processes
         if TRAINS not in os.environ:
             make_idle(os.getpid())
-        elif _is_among_ourselves():
+        elif os.getpriority(os.PRIO_PROCESS, 0) == 0 and _is_among_ourselves():
             os.setpriority(os.PRIO_PROCESS, 0, FIRST)
 
 

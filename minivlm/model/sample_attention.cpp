@@ -1,7 +1,7 @@
 // Causal attention within samples and its gradient, in bfloat16: see sample_attention.py, which compiles and calls this.
 //
-// Matrices of 32 queries are kept turned, [keys, queries]: the softmax then works on 32 queries side by side, and no key
-// after the last of the queries is computed. oneDNN's products want the right-hand matrix in pairs of rows,
+// Matrices of 32 queries are kept turned, [keys, queries]: the softmax then works on 32 queries side by side, and no
+// key after the last of the queries is computed. oneDNN's products want the right-hand matrix in pairs of rows,
 // [rows / 2, columns, 2]. Samples are padded to whole blocks with zeros, which weigh nothing in any sum that is read.
 
 #include <ATen/Parallel.h>
