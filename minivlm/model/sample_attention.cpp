@@ -1,4 +1,4 @@
-// Causal attention within samples and its gradient, in bfloat16: see sample_attention.py, which compiles and calls this.
+// Causal attention within samples and its gradient, in bfloat16: sample_attention.py compiles and calls this.
 //
 // Matrices of 32 queries are kept turned, [keys, queries]: the softmax then works on 32 queries side by side, and no
 // key after the last of the queries is computed. oneDNN's products want the right-hand matrix in pairs of rows,
