@@ -46,8 +46,8 @@ def connect(config: Config, *, trainers_first: bool = False) -> None:
     """Attach to the cluster of `cluster.address` or of the surrounding Ray job, else start a local one.
 
     Args:
-        trainers_first: on a local cluster all that Ray starts but training workers, raylet and GCS stands back
-            (`minivlm.priority`); for jobs whose work is training.
+        trainers_first: on a local cluster all that Ray starts but training workers, raylet and GCS stands back, and
+            training workers come first where they may (`minivlm.priority`); for jobs whose work is training.
 
     Raises:
         ConfigError: nothing answers at the address.
